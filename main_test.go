@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -128,7 +129,7 @@ func startServer(t testing.TB) *testServer {
 	t.Helper()
 	ts := &testServer{t: t, time: &fakeClock{now: time.Now(), uptime: time.Hour}, out: &syncBuffer{}, dir: t.TempDir()}
 	lg := openLog("-", false, io.Discard, ts.out)
-	lg.level = levelDebug
+	lg.level = slog.LevelDebug
 	cfg := &config{key: []byte(testKey), sockets: []string{filepath.Join(ts.dir, "seafile.sock")}}
 	ts.server = newServer(cfg, lg, ts.time.clock())
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
