@@ -119,7 +119,6 @@ func refuseIf(condition bool, status int, reason, format string, args ...any) {
 		panic(&problem{status, reason, fmt.Sprintf(format, args...)})
 	}
 }
-
 func failIf(condition bool, format string, args ...any) { refuseIf(condition, 0, "", format, args...) }
 
 // catch, deferred, returns a problem as err, and lets other panics pass.
@@ -172,8 +171,7 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer, cl
 	return 0
 }
 
-// serve is the server from its configuration to its stop.
-func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err error) {
+func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err error) { // until it is stopped
 	defer catch(&err)
 	cfg, err := loadConfig(dir, getenv)
 	failIf(err != nil, "%v", err)
@@ -434,8 +432,7 @@ type server struct {
 	subscriptions int
 }
 
-// A library (repo) with at least one subscription. Guarded by server.mu.
-type library struct {
+type library struct { // a repo with at least one subscription; guarded by server.mu
 	id      string // the repo ID
 	subs    map[*conn]claims
 	updated time.Duration // uptime at the newest update
@@ -658,11 +655,10 @@ func closing(status int, why, text string) *message {
 	if status != statusNo {
 		payload = append(binary.BigEndian.AppendUint16(nil, uint16(status)), text[:min(len(text), 123)]...)
 	}
-	return &message{frame: frame(opClose, payload), text: payload, closes: why}
+	return &message{frame: frame(opClose, payload), text: []byte(text), closes: why}
 }
 
-// A conn is a client's WebSocket connection. One goroutine reads from it.
-type conn struct {
+type conn struct { // a client's WebSocket connection; one goroutine reads from it
 	server    *server
 	nc        net.Conn
 	name      string        // its address, for the log
@@ -765,12 +761,12 @@ func (c *conn) take(n int) []byte {
 	return c.outbox[0].frame[c.written:]
 }
 
-func (c *conn) abort(why string) {
+func (c *conn) abort(why string) string {
 	c.mu.Lock()
-	c.closed = cmp.Or(c.closed, why)
-	c.outbox, c.bytes = nil, 0
-	c.mu.Unlock()
+	defer c.mu.Unlock()
 	c.nc.Close()
+	c.outbox, c.closed = nil, cmp.Or(c.closed, why)
+	return c.closed
 }
 
 // serve is the goroutine of c. It waits for frames, and answers the empty pings that a desktop client sends each
@@ -798,14 +794,14 @@ func (c *conn) serve() {
 			break
 		}
 	}
-	c.abort("gone")
+	why := c.abort("gone")
 	s.mu.Lock()
 	s.unsubscribe(c, func(*library) bool { return true })
 	delete(s.conns, c)
 	s.mu.Unlock()
 	s.clients.Add(-1)
-	s.count("closed_total", c.closed)
-	s.log.debugf("%s: disconnected: %s", c.name, c.closed)
+	s.count("closed_total", why)
+	s.log.debugf("%s: disconnected: %s", c.name, why)
 }
 
 // guard returns what c is to be closed with, if f refuses what came from it. A panic in f ends c alone.
@@ -828,6 +824,11 @@ func (c *conn) guard(f func()) (m *message) {
 // readFrame reads a frame and handles what it completes. x/net/websocket parses a frame and unmasks its payload,
 // but checks nothing: so what RFC 6455, section 5, forbids is looked for here, in the header as it came.
 func (c *conn) readFrame() {
+	endless := false // 2^63 bytes: of 64 bits x/net/websocket drops the first
+	if head, _ := c.br.Peek(2); len(head) == 2 && head[1]&0x7f == 127 {
+		head, _ = c.br.Peek(3)
+		endless = len(head) == 3 && head[2]&0x80 != 0
+	}
 	h, unmasked, size, err := c.next()
 	refuseIf(err != nil, statusNo, "gone", "the client is gone")
 	fin, opcode := h[0]&0x80 != 0, h[0]&0x0f
@@ -838,10 +839,9 @@ func (c *conn) readFrame() {
 	refuseIf(h[0]&0x70 != 0, statusProtocol, "protocol", "reserved bits are set, but no extension was agreed on")
 	refuseIf(opcode > opBinary && !control || opcode > opPong, statusProtocol, "protocol", "unknown opcode")
 	refuseIf(h[1]&0x80 == 0, statusProtocol, "protocol", "a client must mask its frames")
-	refuseIf(control && (!fin || size > 125), statusProtocol, "protocol", "a control frame is fragmented or longer than 125 bytes")
+	refuseIf(control && (!fin || size > 125 || endless), statusProtocol, "protocol", "a control frame is fragmented or longer than 125 bytes")
 	refuseIf(!control && (opcode == opContinuation) != (c.kind != 0), statusProtocol, "protocol", "a fragment is out of place")
-	huge := len(h) == 14 && h[2]&0x80 != 0 // the first of 64 bits, which x/net/websocket drops
-	refuseIf(huge || size > maxMessageBytes-payload.Len(), statusTooBig, "too-big", "a message is longer than 1 MiB")
+	refuseIf(endless || size > maxMessageBytes-payload.Len(), statusTooBig, "too-big", "a message is longer than 1 MiB")
 	_, err = io.CopyN(payload, unmasked, int64(size)) // takes memory as the bytes come, not as the header promises
 	refuseIf(err != nil, statusNo, "gone", "the client is gone")
 	c.heard.Store(int64(c.server.clock.uptime()))
@@ -950,7 +950,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			401: {"Www-Authenticate": {"Token"}},
 			405: {"Allow": {allow}},
 			426: {"Upgrade": {"websocket"}, "Connection": {"Upgrade"}, "Sec-Websocket-Version": {"13"}},
-			503: {"Retry-After": {"60"}},
+			503: {"Retry-After": {"60"}, "Connection": {"close"}}, // or those who were refused took the reserved descriptors
 		}[p.status])
 		http.Error(w, p.text, p.status)
 	}
@@ -1407,8 +1407,8 @@ func (lg *logger) printf(level slog.Level, format string, args ...any) {
 	if level < lg.level {
 		return
 	}
-	name := strings.Replace(level.String(), "WARN", "WARNING", 1) // as in Seafile's other logs
-	text := fmt.Sprintf("%s[%s] [%s] %s\n", lg.prefix, time.Now().Format(time.DateTime), name, fmt.Sprintf(format, args...))
+	name, text := strings.Replace(level.String(), "WARN", "WARNING", 1), fmt.Sprintf(format, args...)
+	text = fmt.Sprintf("%s[%s] [%s] %s\n", lg.prefix, time.Now().Format(time.DateTime), name, text)
 	lg.mu.Lock()
 	defer lg.mu.Unlock()
 	_, err := io.WriteString(lg.out, text)
@@ -1486,8 +1486,8 @@ func (s *server) figures() (lines []string) {
 		deliveries += n
 		samples = append(samples, fmt.Sprintf("_bucket{le=%q}", fmt.Sprint(append(bounds[:], math.Inf(1))[i])), deliveries)
 	}
-	family("seafile_notification_delivery_seconds", "histogram", "Time from accepting an event to having written it to a client.",
-		append(samples, "_sum", s.seconds, "_count", deliveries)...)
+	samples = append(samples, "_sum", s.seconds, "_count", deliveries)
+	family("seafile_notification_delivery_seconds", "histogram", "Time from accepting an event to having written it to a client.", samples...)
 	family("seafile_notification_deliveries_total", "counter", "Events written to clients.", "", deliveries)
 	family("seafile_notification_outbox_full_total", "counter", "Clients closed since they were too slow.", "", s.counts[[2]string{"closed_total", "outbox-full"}])
 	family("process_start_time_seconds", "gauge", "Start of the process, in Unix time.", "", s.started.Unix())
