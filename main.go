@@ -188,7 +188,7 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 	ln, s := listen(cfg, getenv), newServer(cfg, lg, clk)
 	if cfg.metrics != "" {
 		mln, err := net.Listen("tcp", cfg.metrics)
-		failIf(err != nil, "cannot serve metrics: %v: give metrics as HOST:PORT, as in 127.0.0.1:9083", err)
+		failIf(err != nil, "cannot serve metrics: %v", err)
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, strings.Join(s.figures(), "\n")) })
 		go s.httpServer(mux).Serve(mln)
@@ -223,6 +223,7 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 				ln.Close()                         // frees the port
 				time.Sleep(100 * time.Millisecond) // net/http drops requests that it has not read when it shuts down
 				s.shutdown()
+				lg.infof("stopped")
 				return nil
 			}
 		}
@@ -271,7 +272,7 @@ type config struct {
 // loadConfig reads seafile.conf in the directory path, or path itself, and what the environment says in its place.
 func loadConfig(path string, getenv func(string) string) (cfg *config, err error) {
 	defer catch(&err)
-	dir, cfg := path, &config{file: filepath.Join(path, "seafile.conf"), enabled: true}
+	dir, cfg := path, &config{file: filepath.Join(path, "seafile.conf")}
 	if info, err := os.Stat(path); err == nil && !info.IsDir() || err != nil && strings.HasSuffix(path, ".conf") {
 		dir, cfg.file = filepath.Dir(path), path
 	}
@@ -297,22 +298,23 @@ func loadConfig(path string, getenv func(string) string) (cfg *config, err error
 			cfg.warnings = append(cfg.warnings, at.where+": "+text)
 		}
 	}
-	if v := settings["enabled"]; v.value != "" {
-		cfg.enabled, err = strconv.ParseBool(strings.ToLower(v.value))
-		failIf(err != nil, "%s: enabled must be true or false", v.where)
-	}
+	enabled := settings["enabled"]
+	cfg.enabled, err = strconv.ParseBool(cmp.Or(strings.ToLower(enabled.value), "true"))
+	failIf(err != nil, "%s: enabled must be true or false", enabled.where)
 	cfg.host, cfg.port = cmp.Or(get("host", "NOTIFICATION_SERVER_HOST").value, "0.0.0.0"), "8083"
-	cfg.metrics = get("metrics", "NOTIFICATION_SERVER_METRICS").value
+	metrics := get("metrics", "NOTIFICATION_SERVER_METRICS")
+	cfg.metrics = metrics.value
+	_, _, err = net.SplitHostPort(cmp.Or(cfg.metrics, ":"))
+	failIf(err != nil, "%s: metrics must be HOST:PORT, as in 127.0.0.1:9083, not %q", metrics.where, cfg.metrics)
 	if v := get("port", "NOTIFICATION_SERVER_PORT"); v.where != "" {
 		n, err := strconv.ParseUint(v.value, 10, 16)
 		failIf(err != nil || n == 0, "%s: port must be a number from 1 to 65535, not %q", v.where, v.value)
 		cfg.port = v.value
 	}
-	if v := get("log_level", "NOTIFICATION_SERVER_LOG_LEVEL"); v.where != "" {
-		level, known := levels[strings.ToLower(v.value)]
-		cfg.level = level
-		warnIf(!known, v, fmt.Sprintf("log_level %q is not known and means info; use debug, info, warning or error", v.value))
-	}
+	v := get("log_level", "NOTIFICATION_SERVER_LOG_LEVEL")
+	level, known := levels[cmp.Or(strings.ToLower(v.value), "info")]
+	cfg.level = level
+	warnIf(!known, v, fmt.Sprintf("log_level %q is not known and means info; use debug, info, warning or error", v.value))
 	key := get("jwt_private_key", "JWT_PRIVATE_KEY")
 	cfg.key = []byte(key.value)
 	const remedy = ": make one with \"openssl rand -base64 32\", the same for seaf-server, and restart Seafile"
@@ -373,7 +375,7 @@ func (s *server) unixSeconds() float64 { return float64(s.clock.wall().UnixMicro
 
 // verify checks a JSON Web Token signed with HS256 (RFC 7515 and 7519) by our key, and returns its claims. Whatever
 // its header says, no other algorithm is ever tried, and no claim is looked at before the signature.
-func (s *server) verify(token string) (c claims, err error) {
+func (s *server) verify(token string) (_ claims, err error) {
 	defer catch(&err)
 	refuseIf := func(condition bool, reason, text string, args ...any) {
 		refuseIf(condition, 401, reason, text, args...)
@@ -390,12 +392,15 @@ func (s *server) verify(token string) (c claims, err error) {
 	mac := hmac.New(sha256.New, s.cfg.key)
 	mac.Write([]byte(token[:strings.LastIndexByte(token, '.')]))
 	refuseIf(!hmac.Equal(raw[2], mac.Sum(nil)), "signature", "the token's signature does not match: jwt_private_key differs between here and seaf-server or Seahub, or one of them was not restarted since it changed")
+	var c claims
 	err = json.Unmarshal(raw[1], &c)
 	refuseIf(err != nil || c.Expires == nil, "malformed", "the token's claims are not an object with a number as exp: %v", err)
 	now := s.unixSeconds()
 	refuseIf(*c.Expires <= now-3600, "expired", "the token expired more than an hour ago")
 	refuseIf(*c.Expires <= now, "expired", "the token expired %.0f s ago: if this goes on, the clocks of this machine and of seaf-server's differ", now-*c.Expires)
-	refuseIf(c.NotBefore != nil && *c.NotBefore > now, "not-yet", "the token is not valid yet: the clocks of this machine and of its maker's differ")
+	if c.NotBefore != nil {
+		refuseIf(*c.NotBefore > now, "not-yet", "the token is valid only in %.0f s: the clocks of this machine and of its maker's differ", *c.NotBefore-now)
+	}
 	return c, nil
 }
 
@@ -475,8 +480,7 @@ func (s *server) subscribe(c *conn, cl claims) {
 	c.expires = min(c.expires, *cl.Expires)
 }
 
-// unsubscribe ends the subscriptions of c that are chosen. mu must be held.
-func (s *server) unsubscribe(c *conn, chosen func(*library) bool) {
+func (s *server) unsubscribe(c *conn, chosen func(*library) bool) { // mu must be held
 	if len(c.libraries) > 0 {
 		c.bare = s.clock.uptime() // what counts is the last time
 	}
@@ -501,8 +505,8 @@ func (s *server) publish(ev *event, members map[string]bool) int {
 	ev.accepted = s.clock.uptime()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	lib := s.libraries[ev.repoID]
-	if lib != nil && ev.replaces != "" {
+	lib := cmp.Or(s.libraries[ev.repoID], &library{updated: -repeatWindow}) // nobody's
+	if ev.replaces != "" {
 		lib.repeat = nil
 		if ev.accepted-lib.updated < repeatWindow {
 			lib.repeat = ev.message
@@ -517,9 +521,6 @@ func (s *server) publish(ev *event, members map[string]bool) int {
 
 // deliver queues m for each live subscription of lib that is wanted, and returns how many took it. mu must be held.
 func (s *server) deliver(lib *library, m *message, wanted func(c *conn, user string) bool) (n int) {
-	if lib == nil {
-		return 0
-	}
 	now := s.unixSeconds()
 	for c, cl := range lib.subs {
 		if *cl.Expires > now && wanted(c, cl.Username) && c.send(m) {
@@ -982,6 +983,7 @@ func (s *server) serveEvent(w http.ResponseWriter, r *http.Request) (subscribers
 	if !found {
 		token = r.Header.Get("Seafile-Repo-Token") // of Seafile 10
 	}
+	refuseIf(token == "", 401, "no-token", "there is no token in Authorization: Token or in Seafile-Repo-Token")
 	cl, err := s.verify(strings.TrimSpace(token))
 	if err != nil {
 		panic(err)
@@ -1028,11 +1030,10 @@ func parseEvent(body []byte) (ev *event, err error) {
 	failIf(!slices.Contains([]string{"repo-update", "file-lock-changed", "folder-perm-changed", "comment-update"}, outer.Type), "unknown type %.100q", outer.Type)
 	failIf(json.Unmarshal(outer.Content, &content) != nil || content.RepoID == "", "the content is not an object with a repo_id that is a string and not empty")
 	failIf(!utf8.Valid(body), "the event is not UTF-8")
-	var text bytes.Buffer
-	fmt.Fprintf(&text, `{"type":%q,"content":`, outer.Type)
-	json.Compact(&text, outer.Content)
-	text.WriteByte('}')
-	ev = &event{message: textMessage(text.Bytes()), kind: outer.Type, repoID: content.RepoID}
+	var compact bytes.Buffer
+	json.Compact(&compact, outer.Content)
+	text := fmt.Appendf(nil, `{"type":%q,"content":%s}`, outer.Type, compact.Bytes())
+	ev = &event{message: textMessage(text), kind: outer.Type, repoID: content.RepoID}
 	switch ev.kind {
 	case "repo-update":
 		ev.replaces = ev.repoID // only the newest commit matters
@@ -1166,13 +1167,15 @@ func readMembers(r io.Reader) (members map[string]bool, err error) {
 	}
 	var size uint32
 	var data bytes.Buffer
-	if err = binary.Read(r, binary.LittleEndian, &size); err == nil && size <= maxReplyBytes {
+	if err = binary.Read(r, binary.LittleEndian, &size); err == nil {
+		failIf(size > maxReplyBytes, "seaf-server's answer cannot have %d bytes", size)
 		_, err = io.CopyN(&data, r, int64(size))
 	}
 	if err == nil {
 		err = json.Unmarshal(data.Bytes(), &reply)
 	}
-	failIf(err != nil || reply.Code != 0 || reply.Text != "", "seaf-server answers %d bytes with error %d %q: %v", size, reply.Code, reply.Text, err)
+	failIf(err != nil, "seaf-server does not answer as it should: %v", err)
+	failIf(reply.Code != 0 || reply.Text != "", "seaf-server answers with error %d, %q", reply.Code, reply.Text)
 	if reply.Ret == nil { // null means not known, never nobody
 		return nil, errUnknownGroup
 	}
@@ -1448,8 +1451,7 @@ func (m *metrics) delivered(d time.Duration) { // d after the event was accepted
 	m.counting.Unlock()
 }
 
-// figures returns the metrics, line by line, in Prometheus' text format.
-func (s *server) figures() (lines []string) {
+func (s *server) figures() (lines []string) { // of the metrics, in Prometheus' text format
 	family := func(name, kind, help string, samples ...any) { // the rest of the name, and the value, of each
 		lines = append(lines, "# HELP "+name+" "+help, "# TYPE "+name+" "+kind)
 		for i := 0; i < len(samples); i += 2 {

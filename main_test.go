@@ -8,7 +8,9 @@ import (
 	"crypto/elliptic"
 	"crypto/hmac"
 	"crypto/rand"
+	"crypto/sha1"
 	"crypto/sha256"
+	"crypto/sha512"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -17,11 +19,14 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"html/template"
 	"io"
 	"log/slog"
+	"math"
 	"math/big"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -30,15 +35,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/net/websocket"
 )
@@ -58,6 +66,7 @@ func TestMain(m *testing.M) {
 	if fault := os.Getenv("TEST_CLOCK"); fault != "" {
 		os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr, faultyClock(fault)))
 	}
+	flag.Set("test.parallel", "8") // most tests wait more than they work
 	code := m.Run()
 	if built.dir != "" {
 		os.RemoveAll(built.dir)
@@ -105,7 +114,10 @@ func (f *fakeClock) clock() clock {
 	}
 }
 
-// move moves the two times.
+// advance moves both times.
+func (f *fakeClock) advance(d time.Duration) { f.move(d, d) }
+
+// move moves each time on its own.
 func (f *fakeClock) move(wall, uptime time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -565,21 +577,3954 @@ func rpcReply(text string) func(net.Conn) {
 	}
 }
 
-// faultyClock is the clock of a server that a test started as startSelf(t, fault, ...).
-func faultyClock(fault string) clock {
-	start := time.Now()
-	clk := clock{wall: time.Now, uptime: func() time.Duration { return time.Since(start) }}
-	return clk
+// ---- Command line, configuration, HTTP, tokens, subscriptions, WebSocket ----
+
+// ---- Captured from Seafile's own programs ----
+
+const (
+	capturedC       = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJleHAiOjE3OTU0MjM5Mjl9.cNL-Di-jPh4-Y3CCrLiqde3WZQvi66bIoNSVsUvsH1U"
+	capturedGo      = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJleHAiOjE3OTU0MjQyMjMsInJlcG9faWQiOiIyODJiZTYwZS00ZjgxLTQ3ODItOGI2YS05Njk4MzgyZjczMDEiLCJ1c2VybmFtZSI6IiJ9.bmupKpp_bqJIlGcoQMZx1T7juVpz7E3MMnEADZZ2VAM"
+	capturedClient  = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJleHAiOjE3OTU2ODI4MTcsInJlcG9faWQiOiIyODJiZTYwZS00ZjgxLTQ3ODItOGI2YS05Njk4MzgyZjczMDEiLCJ1c2VybmFtZSI6ImFsaWNlQGV4YW1wbGUuY29tIn0.VjgaGEcvCiOw7ni9X0MUtyrOztK67RNHHB1mFRy4obU"
+	capturedSeahub  = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJleHAiOjQxMDI0NDQ4MDB9.es3brF86Lpbs27DlfgxRem199Xe_rK5RftObnm-kLx4"
+	capturedLibrary = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJyZXBvX2lkIjoiMjgyYmU2MGUtNGY4MS00NzgyLThiNmEtOTY5ODM4MmY3MzAxIiwidXNlcm5hbWUiOiJhbGljZUBleGFtcGxlLmNvbSIsImV4cCI6NDEwMjQ0NDgwMH0.LmoZMZVSWHjQiiZKsSRtCc9v9-W34wMLwqZFbnIE57Q"
+	capturedHS512   = "eyJhbGciOiJIUzUxMiIsInR5cCI6IkpXVCJ9.eyJleHAiOjQxMDI0NDQ4MDB9.RcB2r_srli8iJs-sM9GoECow2FNWElIjbLiBI21FS8TRAlzvvEj4H4V-CoWdC5D2FQXVt3XI8zPqFc_drg-BrA"
+
+	capturedEnd = 1795423929 // when the first of these runs out, in Unix time
+
+	capturedUpdate  = `{"type":"repo-update","content":{"repo_id":"282be60e-4f81-4782-8b6a-9698382f7301","commit_id":"7920509ee42fa792aec26c44588b6f65371084fa"}}`
+	capturedMessage = `{"type":"subscribe","content":{"repos":[{"id":"282be60e-4f81-4782-8b6a-9698382f7301","jwt_token":"` + capturedClient + `"}]}}`
+
+	capturedMembers    = "\x7f\x00\x00\x00" + `{"ret":[{"group-id":1,"user-name":"carol@example.com","is-staff":0},{"group-id":1,"user-name":"bob@example.com","is-staff":1}]}`
+	capturedNull       = "\x0c\x00\x00\x00" + `{"ret":null}`
+	capturedNoFunction = "\x3d\x00\x00\x00" + `{"err_code":500,"err_msg":"cannot find function no_such_fn."}`
+	capturedNoService  = "\x40\x00\x00\x00" + `{"err_code":501,"err_msg":"cannot find service nosuch-service."}`
+
+	upgradeBehindNginx = `GET / HTTP/1.1
+Upgrade: websocket
+Connection: upgrade
+Host: 127.0.0.1:8083
+Pragma: no-cache
+Cache-Control: no-cache
+Origin: http://127.0.0.1
+Sec-WebSocket-Key: Z5CJw/U24zCyiSivhdDLtQ==
+Sec-WebSocket-Protocol: notification.seafile.com
+Sec-WebSocket-Version: 13
+user-agent: Seafile/9.0.20 (Linux)
+
+`
+	upgradeDirect = `GET / HTTP/1.1
+Pragma: no-cache
+Cache-Control: no-cache
+Host: 127.0.0.1
+Origin: http://127.0.0.1
+Upgrade: websocket
+Connection: Upgrade
+Sec-WebSocket-Key: vQe3/0+b/Tg2Z+S5/iFvOw==
+Sec-WebSocket-Protocol: notification.seafile.com
+Sec-WebSocket-Version: 13
+user-agent: Seafile/9.0.20 (Linux)
+
+`
+	eventFromC = `POST /events HTTP/1.1
+Host: 127.0.0.1:8083
+Accept: */*
+Authorization: Token ` + capturedC + `
+User-Agent: Seafile Server
+Content-Type: application/json
+Content-Length: 138
+
+` + capturedUpdate
+	eventFromGo = `POST /events HTTP/1.1
+Host: 127.0.0.1:8083
+User-Agent: Seafile Server
+Content-Length: 138
+Authorization: Token ` + capturedGo + `
+Content-Type: application/json
+Accept-Encoding: gzip
+
+{"type":"repo-update","content":{"repo_id":"282be60e-4f81-4782-8b6a-9698382f7301","commit_id":"b5d7f26b73d3f21a9cd99d478b99ff4b35689d59"}}`
+)
+
+// manualSection is the section as Seafile's manual prints it.
+const manualSection = `# jwt_private_key are required.You should generate it manually.
+[notification]
+enabled = true
+# the ip of notification server. (Do not modify the host when using Nginx or Apache, as Nginx or Apache will proxy the requests to this address)
+host = 127.0.0.1
+# the port of notification server
+port = 8083
+# the log level of notification server
+# You can set log_level to debug to print messages sent to clients.
+log_level = info
+# jwt_private_key is used to generate jwt token and authenticate seafile server
+jwt_private_key = M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F
+`
+
+// capturedSegment is one TCP segment of the desktop client: an empty ping, then
+// its subscribe, with the masks that it used.
+func capturedSegment(t testing.TB) []byte {
+	t.Helper()
+	segment := []byte("\x89\x80\xee\xc0\xa4\x08\x81\xfe\x01\x3b\xb5\xc8\xc8\xc0")
+	for i, b := range []byte(capturedMessage) {
+		segment = append(segment, b^segment[10+i%4])
+	}
+	if !bytes.HasPrefix(segment[14:], []byte("\xce\xea\xbc\xb9\xc5\xad\xea\xfa\x97")) || len(segment) != 14+315 {
+		t.Fatal("the segment is not the one that was captured")
+	}
+	return segment
 }
 
-var _ = errors.New
-var _ = json.Valid
+// ---- What these tests share ----
 
-func TestSmoke(t *testing.T) {
+// crlf gives a captured text the line ends that it has on the wire.
+func crlf(s string) string {
+	head, body, _ := strings.Cut(s, "\n\n")
+	return strings.ReplaceAll(head, "\n", "\r\n") + "\r\n\r\n" + body
+}
+
+// loggedServer is startServer for a test at the end of which the log must be
+// well-formed and without a secret. It runs at debug level.
+func loggedServer(t testing.TB) *testServer {
+	t.Helper()
 	s := startServer(t)
-	c := connect(t, s.addr, asDesktop).subscribed(repoA, "alice@example.com")
+	t.Cleanup(func() { checkLog(t, s.out.String(), "") })
+	return s
+}
+
+var logLine = regexp.MustCompile(`^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] \[(DEBUG|INFO|WARNING|ERROR)\] \S.*$`)
+
+// checkLog checks the form of each line of a log, and that neither a token nor a key is in it.
+func checkLog(t testing.TB, log, prefix string) {
+	t.Helper()
+	for line := range strings.Lines(log) {
+		text, ok := strings.CutPrefix(line, prefix)
+		if !ok || !logLine.MatchString(strings.TrimSuffix(text, "\n")) {
+			t.Errorf("a line of the log is not as Seafile's tools read it: %q", line)
+		}
+		for _, secret := range []string{testKey, "M@O8VWUb81", "eyJ"} { // each token begins with {" in base64
+			if strings.Contains(line, secret) {
+				t.Errorf("the log shows a token or a key: %q", line)
+			}
+		}
+	}
+}
+
+// setWall sets the time of day by which tokens run out.
+func (f *fakeClock) setWall(unix float64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.now = time.UnixMicro(int64(unix * 1e6))
+}
+
+// runOnce runs the real binary until it ends by itself.
+func runOnce(t testing.TB, env []string, args ...string) (status int, stdout, stderr string) {
+	t.Helper()
+	cmd := exec.Command(buildBinary(t), args...)
+	cmd.Env = append(append(os.Environ(), "GORACE=atexit_sleep_ms=0"), env...) // with -race it would take 1 s to end
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	stop := time.AfterFunc(patient, func() { cmd.Process.Kill() })
+	defer stop.Stop()
+	if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+		t.Fatal(err)
+	}
+	return cmd.ProcessState.ExitCode(), out.String(), errs.String()
+}
+
+// confDir makes a directory with this seafile.conf.
+func confDir(t testing.TB, text string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "conf")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "seafile.conf"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// withinOnce demands that f takes less than limit at least once in five times:
+// others use this machine, too.
+func withinOnce(t testing.TB, limit time.Duration, f func()) {
+	t.Helper()
+	var took time.Duration
+	for range 5 {
+		start := time.Now()
+		f()
+		if took = time.Since(start); took < limit {
+			return
+		}
+	}
+	t.Errorf("took %v, which must be less than %v", took, limit)
+}
+
+// rawRequest sends bytes as they are, in so many segments, and returns the answer.
+func rawRequest(t testing.TB, addr string, segments ...string) (*http.Response, string) {
+	t.Helper()
+	nc, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	nc.SetDeadline(time.Now().Add(patient))
+	for _, s := range segments {
+		io.WriteString(nc, s)
+	}
+	answer, err := http.ReadResponse(bufio.NewReader(nc), nil)
+	if err != nil {
+		t.Fatalf("no answer to %.80q: %v", segments, err)
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode == http.StatusSwitchingProtocols {
+		return answer, ""
+	}
+	body, err := io.ReadAll(answer.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer, string(body)
+}
+
+// rawUpgrade is upgrade with a request, and what follows it, as it is given.
+func rawUpgrade(t testing.TB, addr, text string) *client {
+	t.Helper()
+	c := rawConn(t, addr)
+	c.nc.SetDeadline(time.Now().Add(6 * patient))
+	io.WriteString(c.nc, text)
+	var err error
+	if c.reply, err = http.ReadResponse(c.br, nil); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// lockPosted is an event that no newer one replaces.
+func lockPosted(repoID, path string) string {
+	return fmt.Sprintf(`{"type":"file-lock-changed","content":{"repo_id":%q,"path":%q,"change_event":"locked","lock_user":"bob@example.com"}}`, repoID, path)
+}
+
+func permEvent(kind, user, group string) string {
+	return fmt.Sprintf(`{"type":"folder-perm-changed","content":{"repo_id":%q,"path":"/a","type":%q,"change_event":"add","user":%q,"group":%s,"perm":"rw"}}`, repoA, kind, user, group)
+}
+
+// ---- Command line ----
+
+func TestCommandLine(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name           string
+		args           string
+		status         int
+		stdout, stderr string // patterns
+	}{
+		{"version", "-version", 0, `^notification-server \S+ go1\.\d+\S*\n$`, `^$`},
+		{"help", "-h", 0, `(?s)Usage:.*notification-server -c DIR \[-l FILE\].*-version.*seafile\.conf.*NOTIFICATION_SERVER_HOST.*jwt_private_key`, `^$`},
+		{"unknown flag", "-c x -pidfile y", 2, `^$`, `(?s)-pidfile.*Usage:.*-l FILE`},
+		{"argument", "-c x extra", 2, `^$`, `(?s)"extra".*Usage:.*-l FILE`},
+		{"no flags", "", 2, `^$`, `(?s)-c DIR is missing.*Usage:.*-l FILE`},
+		{"flag without its value", "-c x -l", 2, `^$`, `(?s)-l.*Usage:.*-l FILE`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			status, stdout, stderr := runOnce(t, nil, strings.Fields(c.args)...)
+			if status != c.status || !regexp.MustCompile(c.stdout).MatchString(stdout) || !regexp.MustCompile(c.stderr).MatchString(stderr) {
+				t.Errorf("%q: exit %d, standard output %q, standard error %q; want %d, %s, %s", c.args, status, stdout, stderr, c.status, c.stdout, c.stderr)
+			}
+		})
+	}
+}
+
+// Where the log goes. A server that is disabled logs that and ends.
+func TestLogTarget(t *testing.T) {
+	t.Parallel()
+	dir := confDir(t, "[notification]\nenabled = false\n")
+	file := filepath.Join(dir, "notification-server.log")
+	if err := os.WriteFile(file, []byte("[2026-01-02 03:04:05] [INFO] before\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	conf := filepath.Join(dir, "seafile.conf")
+	const prefix = "[notification-server] "
+	for _, c := range []struct {
+		name   string
+		env    []string
+		args   []string
+		where  string // stdout, stderr or file
+		prefix string
+	}{
+		{"none", nil, []string{"-c", dir}, "stderr", ""},
+		{"dash", nil, []string{"-c", dir, "-l", "-"}, "stderr", ""},
+		{"file", nil, []string{"-c", dir, "-l", file}, "file", ""},
+		{"stdout", []string{"SEAFILE_LOG_TO_STDOUT=true"}, []string{"-c", dir, "-l", file}, "stdout", prefix},
+		{"stdout is not asked for", []string{"SEAFILE_LOG_TO_STDOUT="}, []string{"-c", dir}, "stderr", ""},
+		{"-c names the file itself", nil, []string{"-c", conf}, "stderr", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			old, _ := os.ReadFile(file)
+			status, stdout, stderr := runOnce(t, c.env, c.args...)
+			now, err := os.ReadFile(file)
+			if err != nil || !bytes.HasPrefix(now, old) {
+				t.Fatalf("the log file was not appended to: %v, %q", err, now)
+			}
+			got := map[string]string{"stdout": stdout, "stderr": stderr, "file": string(now[len(old):])}
+			for where, text := range got {
+				if want := where == c.where; want != strings.Contains(text, "disabled in "+conf) || !want && text != "" {
+					t.Errorf("%s: %q", where, text)
+				}
+			}
+			checkLog(t, got[c.where], c.prefix)
+			if status != 0 {
+				t.Errorf("exit %d", status)
+			}
+		})
+	}
+}
+
+// ---- Configuration ----
+
+func TestConfigValues(t *testing.T) {
+	t.Parallel()
+	const good = "0123456789abcdef0123456789abcdef"
+	for _, c := range []struct{ name, text, want string }{
+		{"plain", "[notification]\njwt_private_key = k\n", "k"},
+		{"no space", "[notification]\njwt_private_key=k", "k"},
+		{"white space around", "[notification]\n\t jwt_private_key \t=\t k \t\n", "k"},
+		{"number sign", "[notification]\njwt_private_key = a#b #c\n", "a#b #c"},
+		{"begins with a number sign", "[notification]\njwt_private_key = #a\n", "#a"},
+		{"semicolon", "[notification]\njwt_private_key = a;b ;c\n", "a;b ;c"},
+		{"equals", "[notification]\njwt_private_key = =a=b==\n", "=a=b=="},
+		{"quotes", "[notification]\njwt_private_key = \"a'b\"\n", `"a'b"`},
+		{"inner spaces", "[notification]\njwt_private_key = a  b\tc\n", "a  b\tc"},
+		{"brackets", "[notification]\njwt_private_key = [a]\n", "[a]"},
+		{"percent, dollar, backslash", "[notification]\njwt_private_key = %(a)s$b\\n\\\n", `%(a)s$b\n\`},
+		{"not ASCII", "[notification]\njwt_private_key = schlüssel\n", "schlüssel"},
+		{"CRLF", "[notification]\r\n# c\r\n\r\njwt_private_key = k\r\n", "k"},
+		{"byte-order mark", "\ufeff[notification]\njwt_private_key = k\n", "k"},
+		{"comments", "[notification]\n# jwt_private_key = a\n; jwt_private_key = b\n  # c\njwt_private_key = k\n #jwt_private_key = d", "k"},
+		{"the last counts", "[notification]\njwt_private_key = a\njwt_private_key = k\n", "k"},
+		{"the last section counts", "[notification]\njwt_private_key = a\n[x]\njwt_private_key = b\n[notification]\njwt_private_key = k\n", "k"},
+		{"unknown key", "[notification]\nnew_in_14 = x\njwt_private_key = k\n", "k"},
+		{"other sections", "nonsense before\n[database]\njwt_private_key = b\nno key at all\n=\n[fileserver\n[notification]\njwt_private_key = k\n[zz]\nnonsense\n[broken", "k"},
+		{"spaces in the header", "[ notification ]\njwt_private_key = k\n", "k"},
+		{"not ours", "[notification2]\njwt_private_key = k\n", ""},
+	} {
+		got, err := parseConfig("seafile.conf", c.text)
+		if err != nil || got["jwt_private_key"].value != c.want {
+			t.Errorf("%s: %q gives %q, %v; want %q", c.name, c.text, got["jwt_private_key"].value, err, c.want)
+		}
+	}
+	none := func(string) string { return "" }
+	cfg, err := loadConfig(confDir(t, "[notification]\njwt_private_key = "+good+"\n"), none)
+	if err != nil || !cfg.enabled || cfg.host != "0.0.0.0" || cfg.port != "8083" || cfg.level != slog.LevelInfo || string(cfg.key) != good || len(cfg.warnings) != 0 {
+		t.Errorf("defaults: %+v, %v", cfg, err)
+	}
+}
+
+// What is wrong is said with its place and its remedy, at once, without a stack
+// trace and without the text of the line.
+func TestConfigErrors(t *testing.T) {
+	t.Parallel()
+	const ok, secret = "[notification]\njwt_private_key = " + testKey + "\n", "Sesame-0pen-y0urself"
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { taken.Close() }) // after the parallel subtests
+	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	noKey := `(?i)seafile\.conf.*no jwt_private_key.*openssl rand -base64 32`
+	for _, c := range []struct {
+		name, text string
+		env        []string
+		want       string
+	}{
+		{"neither key nor comment", ok + secret + "\n", nil, `seafile\.conf:3: .*comment.*(correct|remove)`},
+		{"no key before the =", ok + "\n= " + secret, nil, `seafile\.conf:4: .*comment.*(correct|remove)`},
+		{"CRLF counts lines alike", strings.ReplaceAll(ok, "\n", "\r\n") + "\r\n" + secret, nil, `seafile\.conf:4: `},
+		{"our header without bracket", "# c\n[notification\njwt_private_key = " + secret + "\n", nil, `seafile\.conf:2: .*bracket.*\[notification\]`},
+		{"next header without bracket", ok + "[" + secret + "\n", nil, `seafile\.conf:3: .*bracket`},
+		{"no section", "[database]\nx = y\n", nil, noKey},
+		{"no key", "[notification]\nenabled = true\n", nil, noKey},
+		{"key without value", "[notification]\njwt_private_key =\n", nil, noKey},
+		{"empty variable", "[notification]\n", []string{"JWT_PRIVATE_KEY="}, noKey},
+		{"port 0", ok + "port = 0\n", nil, `seafile\.conf:3: port .*1 to 65535.*"0"`},
+		{"port 65536", ok + "port = 65536\n", nil, `seafile\.conf:3: port .*1 to 65535`},
+		{"port negative", ok + "port = -1\n", nil, `seafile\.conf:3: port .*1 to 65535`},
+		{"port word", ok + "port = http\n", nil, `seafile\.conf:3: port .*1 to 65535`},
+		{"port with comment", ok + "port = 8083 # the port\n", nil, `seafile\.conf:3: port .*1 to 65535`},
+		{"port of the environment", ok, []string{"NOTIFICATION_SERVER_PORT=x"}, `NOTIFICATION_SERVER_PORT: port .*1 to 65535`},
+		{"enabled", ok + "enabled = maybe\n", nil, `seafile\.conf:3: enabled must be true or false`},
+		{"port in use", ok + "host = 127.0.0.1\nport = " + port + "\n", nil, port + `.*(stop it|change port)`},
+		{"no such address", ok + "host = 192.0.2.1\nport = " + port + "\n", nil, `192\.0\.2\.1.*host`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			dir := confDir(t, c.text)
+			log := filepath.Join(dir, "log")
+			var status int
+			var stderr string
+			withinOnce(t, time.Second, func() { status, _, stderr = runOnce(t, c.env, "-c", dir) })
+			if status != 1 || !regexp.MustCompile(c.want).MatchString(stderr) {
+				t.Errorf("exit %d, %q; want 1, %s", status, stderr, c.want)
+			}
+			if strings.Contains(stderr, "goroutine") || strings.Contains(stderr, secret) || strings.Count(stderr, "\n") != 1 {
+				t.Errorf("more than one sentence, or the key: %q", stderr)
+			}
+			checkLog(t, stderr, "")
+			// Started by seafile.sh, it says so in the log and where it was started.
+			_, _, stderr = runOnce(t, c.env, "-c", dir, "-l", log)
+			text, _ := os.ReadFile(log)
+			if re := regexp.MustCompile(c.want); !re.Match(text) || !re.MatchString(stderr) {
+				t.Errorf("log %q, standard error %q; want %s in both", text, stderr, c.want)
+			}
+		})
+	}
+	absent := filepath.Join(t.TempDir(), "absent")
+	for _, c := range []struct {
+		name, path string
+		env        []string
+		want       string
+	}{
+		{"no such directory", absent, nil, absent + `.*directory.*-c`},
+		{"no such directory, key in the environment", absent, []string{"JWT_PRIVATE_KEY=" + testKey}, absent + `.*directory.*-c`},
+		{"no file", t.TempDir(), nil, `seafile\.conf.*JWT_PRIVATE_KEY`},
+	} {
+		status, _, stderr := runOnce(t, c.env, "-c", c.path)
+		if status != 1 || !regexp.MustCompile(c.want).MatchString(stderr) || strings.Count(stderr, "\n") != 1 {
+			t.Errorf("%s: exit %d, %q; want 1, %s", c.name, status, stderr, c.want)
+		}
+	}
+}
+
+func TestDisabled(t *testing.T) {
+	t.Parallel()
+	for _, value := range []string{"false", "False", "FALSE"} {
+		dir := confDir(t, "[notification]\nenabled = "+value+"\n") // and no key
+		status, _, stderr := runOnce(t, nil, "-c", dir)
+		if status != 0 || !strings.Contains(stderr, "disabled in "+filepath.Join(dir, "seafile.conf")) {
+			t.Errorf("enabled = %s: exit %d, %q", value, status, stderr)
+		}
+	}
+}
+
+// The environment comes before the file, and an empty variable counts as unset.
+func TestEnvironment(t *testing.T) {
+	t.Parallel()
+	const envKey = "another key, of the environment, # with all; \"sorts\" = of characters"
+	event := func(t *testing.T, port, key string) int {
+		answer, _ := request(t, "POST", "http://127.0.0.1:"+port+"/events", update(repoA, "1"), "Authorization: Token "+signToken(key, `{"alg":"HS256"}`, `{"exp":4102444800}`))
+		return answer.StatusCode
+	}
+	t.Run("set", func(t *testing.T) {
+		t.Parallel()
+		filePort, port := freePort(t), freePort(t)
+		dir := confDir(t, fmt.Sprintf("[notification]\nhost = 192.0.2.1\nport = %s\nlog_level = error\njwt_private_key = %s\n", filePort, testKey))
+		p := startBinary(t, port, []string{"NOTIFICATION_SERVER_HOST=127.0.0.1", "NOTIFICATION_SERVER_PORT=" + port, "NOTIFICATION_SERVER_LOG_LEVEL=debug", "JWT_PRIVATE_KEY=" + envKey}, "-c", dir)
+		if got := event(t, port, envKey); got != 200 {
+			t.Errorf("an event with the key of the environment is answered %d", got)
+		}
+		if got := event(t, port, testKey); got != 401 {
+			t.Errorf("an event with the key of the file is answered %d", got)
+		}
+		connect(t, "127.0.0.1:"+port, asDesktop).sync()
+		p.terminate()
+		if log := p.out.String(); !strings.Contains(log, "[DEBUG] ") || !strings.Contains(log, "started on 127.0.0.1:"+port) || strings.Contains(log, envKey) ||
+			!strings.Contains(log, "JWT_PRIVATE_KEY") || !strings.Contains(log, "NOTIFICATION_SERVER_PORT") {
+			t.Errorf("log: %s", log)
+		}
+	})
+	t.Run("empty", func(t *testing.T) {
+		t.Parallel()
+		port := freePort(t)
+		p := startBinary(t, port, []string{"NOTIFICATION_SERVER_HOST=", "NOTIFICATION_SERVER_PORT=", "NOTIFICATION_SERVER_LOG_LEVEL=", "JWT_PRIVATE_KEY=", "SEAFILE_RPC_PIPE_PATH=", "SEAFILE_LOG_TO_STDOUT="}, "-c", writeConfig(t, port))
+		if got := event(t, port, testKey); got != 200 {
+			t.Errorf("an event with the key of the file is answered %d", got)
+		}
+		p.terminate()
+	})
+	t.Run("no file", func(t *testing.T) { // as in Seafile 12 and later
+		t.Parallel()
+		port := freePort(t)
+		dir := t.TempDir()
+		p := startBinary(t, port, []string{"NOTIFICATION_SERVER_HOST=127.0.0.1", "NOTIFICATION_SERVER_PORT=" + port, "JWT_PRIVATE_KEY=" + testKey, "SEAFILE_LOG_TO_STDOUT=true"}, "-c", dir)
+		if got := event(t, port, testKey); got != 200 {
+			t.Errorf("an event is answered %d", got)
+		}
+		if status := p.terminate(); status != 0 {
+			t.Errorf("exit %d", status)
+		}
+		checkLog(t, p.out.String(), "[notification-server] ")
+		if log := p.out.String(); !strings.Contains(log, "no file") || !strings.Contains(log, "JWT_PRIVATE_KEY") {
+			t.Errorf("the log does not say where the configuration came from: %s", log)
+		}
+	})
+}
+
+// The section as the manual prints it runs, and warns of the published key; so
+// does seafile.conf.example, with which README.md begins.
+func TestManualConfiguration(t *testing.T) {
+	t.Parallel()
+	example, err := os.ReadFile("seafile.conf.example")
+	if err != nil {
+		t.Error(err)
+	}
+	from := 0
+	for line := range strings.Lines(manualSection) {
+		i := strings.Index(string(example[from:]), strings.TrimSpace(line))
+		if i < 0 {
+			t.Errorf("seafile.conf.example lacks, or has out of order: %s", line)
+			break
+		}
+		from += i
+	}
+	for _, c := range []struct{ name, path string }{
+		{"manual", confDir(t, manualSection)},
+		{"cluster", confDir(t, strings.Replace(manualSection, "127.0.0.1", "192.168.1.134", 1))},
+		{"example", "seafile.conf.example"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			port := freePort(t) // all else is as printed
+			p := startBinary(t, port, []string{"NOTIFICATION_SERVER_HOST=127.0.0.1", "NOTIFICATION_SERVER_PORT=" + port}, "-c", c.path)
+			answer, _ := request(t, "POST", "http://127.0.0.1:"+port+"/events", update(repoA, "1"), "Authorization: Token "+signToken("M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F", `{"alg":"HS256"}`, `{"exp":4102444800}`))
+			if answer.StatusCode != 200 {
+				t.Errorf("an event is answered %s", answer.Status)
+			}
+			if status := p.terminate(); status != 0 {
+				t.Errorf("exit %d", status)
+			}
+			checkLog(t, p.out.String(), "")
+			if !regexp.MustCompile(`\[WARNING\].*manual.*openssl rand -base64 32`).MatchString(p.out.String()) {
+				t.Errorf("no warning of the published key: %s", p.out)
+			}
+		})
+	}
+}
+
+func TestKeyWarnings(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ name, key, want string }{
+		{"short", "0123456789abcdef0123456789abcde", `\[WARNING\] .*seafile\.conf:2: .*shorter than 32 bytes.*openssl`},
+		{"long enough", "0123456789abcdef0123456789abcdef", ""},
+		{"the manual's", "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F", `\[WARNING\] .*seafile\.conf:2: .*manual.*forge.*openssl`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			port := freePort(t)
+			p := startBinary(t, port, nil, "-c", confDir(t, "[notification]\njwt_private_key = "+c.key+"\nhost = 127.0.0.1\nport = "+port+"\n"))
+			p.terminate()
+			log := p.out.String()
+			if strings.Contains(log, "WARNING") != (c.want != "") || !regexp.MustCompile(c.want).MatchString(log) || strings.Contains(log, c.key) {
+				t.Errorf("log %q, want %q", log, c.want)
+			}
+		})
+	}
+}
+
+func TestLogLevels(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ level, want string }{
+		{"debug", "DEBUG INFO WARNING"},
+		{"info", "INFO WARNING"},
+		{"Info", "INFO WARNING"},
+		{"warning", "WARNING"},
+		{"warn", "WARNING"},
+		{"error", ""},
+		{"loud", "INFO WARNING"}, // unknown means info, and warns
+	} {
+		t.Run(c.level, func(t *testing.T) {
+			t.Parallel()
+			port := freePort(t)
+			p := startBinary(t, port, nil, "-c", writeConfig(t, port, "log_level = "+c.level))
+			cl := connect(t, "127.0.0.1:"+port, asDesktop)
+			cl.subscribe(repoA, "x.y.z")
+			cl.expect(opText, expiredText(repoA))
+			p.terminate()
+			log := p.out.String()
+			var got []string
+			for _, l := range []string{"DEBUG", "INFO", "WARNING", "ERROR"} {
+				if strings.Contains(log, "["+l+"] ") {
+					got = append(got, l)
+				}
+			}
+			unknown := regexp.MustCompile(`\[WARNING\] .*seafile\.conf:6: log_level "loud".*info`).MatchString(log)
+			if strings.Join(got, " ") != c.want || unknown != (c.level == "loud") {
+				t.Errorf("log_level %s: %s", c.level, log)
+			}
+			checkLog(t, log, "")
+		})
+	}
+}
+
+// ---- HTTP ----
+
+// The main job on what was captured: upgrade, subscribe and event lead to the
+// delivery, and nothing else comes.
+func TestCapturedTraffic(t *testing.T) {
+	t.Parallel()
+	for _, u := range []struct{ name, text, accept string }{
+		{"behind nginx", upgradeBehindNginx, "eC4Me9XdMtQl+H6OvANcgSxr5bI="},
+		{"direct", upgradeDirect, acceptValue("vQe3/0+b/Tg2Z+S5/iFvOw==")},
+	} {
+		for _, e := range []struct{ name, text string }{
+			{"C", eventFromC},
+			{"Go", eventFromGo},
+			{"10.x", strings.Replace(eventFromC, "Authorization: Token ", "Seafile-Repo-Token: ", 1)},
+		} {
+			t.Run(u.name+", "+e.name, func(t *testing.T) {
+				t.Parallel()
+				s := loggedServer(t)
+				s.time.setWall(capturedEnd - 60)
+				c := rawUpgrade(t, s.addr, crlf(u.text)+string(capturedSegment(t))) // right behind the handshake
+				if h := c.reply.Header; c.reply.StatusCode != 101 || h.Get("Sec-WebSocket-Accept") != u.accept || h.Get("Sec-WebSocket-Protocol") != "notification.seafile.com" {
+					t.Fatalf("upgrade answered %s %v", c.reply.Status, h)
+				}
+				c.expect(opPong, "")
+				c.sync()
+				head, body, _ := strings.Cut(crlf(e.text), "\r\n\r\n")
+				answer, text := rawRequest(t, s.addr, head+"\r\n\r\n", body)
+				if answer.StatusCode != 200 || strings.TrimSpace(text) != `{"subscribers":1}` || answer.Header.Get("Content-Type") != "application/json" {
+					t.Errorf("event answered %s %q %v", answer.Status, text, answer.Header)
+				}
+				c.expect(opText, body)
+				c.sync()
+			})
+		}
+	}
+}
+
+// acceptValue is what answers a Sec-WebSocket-Key (RFC 6455, section 4.2.2).
+func acceptValue(key string) string {
+	sum := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	return base64.StdEncoding.EncodeToString(sum[:])
+}
+
+// Each row of the table in PROTOCOL.md, section 4, and what else proxies make of the paths.
+func TestPaths(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	const host = "Host: 127.0.0.1:8083\r\n"
+	ping := func(first, lines string) string { return "GET " + first + "\r\n" + host + lines + "\r\n" }
+	for _, c := range []struct{ name, request string }{
+		{"direct", ping("/ping HTTP/1.1", "")},
+		{"nginx as in the manual", ping("/ping HTTP/1.0", "Connection: close\r\n")},
+		{"HTTP/1.0 without any header", "GET /ping HTTP/1.0\r\n\r\n"},
+		{"nginx as in the current manual", ping("/notification/ping HTTP/1.1", "Connection: upgrade\r\n")},
+		{"nginx, empty Upgrade", ping("/notification/ping HTTP/1.1", "Connection: upgrade\r\nUpgrade: \r\n")},
+		{"Apache", ping("/ping/ HTTP/1.1", "")},
+		{"HAProxy", ping("/notification/ping HTTP/1.1", "X-Forwarded-For: 10.0.0.1\r\n")},
+		{"slashes", ping("//notification//ping// HTTP/1.1", "")},
+		{"two slashes", ping("//ping HTTP/1.1", "")},
+		{"query", ping("/ping?a=b HTTP/1.1", "")},
+	} {
+		for _, method := range []string{"GET", "HEAD"} {
+			text := strings.Replace(c.request, "GET", method, 1)
+			if method == "HEAD" { // a HEAD has no body, and http.ReadResponse does not know that it is one
+				nc, err := net.Dial("tcp", s.addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				io.WriteString(nc, text)
+				nc.SetDeadline(time.Now().Add(patient))
+				answer, err := http.ReadResponse(bufio.NewReader(nc), &http.Request{Method: "HEAD"})
+				nc.Close()
+				if err != nil || answer.StatusCode != 200 || answer.Header.Get("Content-Type") != "application/json" {
+					t.Errorf("%s: HEAD answered %v, %v", c.name, answer, err)
+				}
+				continue
+			}
+			answer, body := rawRequest(t, s.addr, text)
+			if answer.StatusCode != 200 || strings.TrimSpace(body) != `{"ret": "pong"}` || answer.Header.Get("Content-Type") != "application/json" {
+				t.Errorf("%s: %q answered %s %q", c.name, text, answer.Status, body)
+			}
+		}
+	}
+	for _, path := range []string{"/", "//", "/notification", "/notification/", "//notification//", "/?x=y"} {
+		if c := connectTo(t, s.addr, path, asDesktop); c.reply.StatusCode != 101 {
+			t.Errorf("upgrade of %s answered %s", path, c.reply.Status)
+		}
+	}
+	for _, path := range []string{"/events", "//events", "/notification/events", "/events/", "//notification//events"} {
+		answer, body := request(t, "POST", "http://"+s.addr+path, update(repoA, "1"), "Authorization: Token "+eventToken(later()))
+		if answer.StatusCode != 200 {
+			t.Errorf("event at %s answered %s %q", path, answer.Status, body)
+		}
+		answer, body = rawRequest(t, s.addr, fmt.Sprintf("POST %s HTTP/1.0\r\nConnection: close\r\nAuthorization: Token %s\r\nContent-Length: %d\r\n\r\n", path, eventToken(later()), len(update(repoA, "1"))), update(repoA, "1"))
+		if answer.StatusCode != 200 {
+			t.Errorf("event by HTTP/1.0 at %s answered %s %q", path, answer.Status, body)
+		}
+	}
+	for _, path := range []string{"/x", "/pings", "/ping/x", "/x/ping", "/notifications", "/notification/x", "/notification/notification/ping", "/events/x", "/Ping", "/favicon.ico", "/metrics"} {
+		if answer, _ := request(t, "GET", "http://"+s.addr+path, ""); answer.StatusCode != 404 {
+			t.Errorf("%s answered %s", path, answer.Status)
+		}
+	}
+	for path, allow := range map[string]string{"/ping": "GET, HEAD", "/events": "POST", "/": "GET, HEAD"} {
+		for _, method := range []string{"GET", "POST", "PUT", "DELETE", "OPTIONS"} {
+			if strings.Contains(allow, method) {
+				continue
+			}
+			if answer, _ := request(t, method, "http://"+s.addr+path, "{}"); answer.StatusCode != 405 || answer.Header.Get("Allow") != allow {
+				t.Errorf("%s %s answered %s, Allow %q", method, path, answer.Status, answer.Header.Get("Allow"))
+			}
+		}
+	}
+}
+
+// Without an upgrade that can be made, a sentence says what this is.
+func TestUpgradeRequired(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	const key, version = "Sec-WebSocket-Key: Z5CJw/U24zCyiSivhdDLtQ==\r\n", "Sec-WebSocket-Version: 13\r\n"
+	for _, c := range []struct {
+		name, first, lines string
+		status             int
+		want               string
+	}{
+		{"browser", "GET / HTTP/1.1", "Accept: text/html\r\n", 426, "Seafile's notification server.*(?s)/ping"},
+		{"below /notification", "GET /notification/ HTTP/1.1", "", 426, "notification server"},
+		{"Connection without Upgrade", "GET / HTTP/1.1", "Connection: upgrade\r\n" + key + version, 426, "notification server"},
+		{"another upgrade", "GET / HTTP/1.1", "Connection: upgrade\r\nUpgrade: h2c\r\n" + key + version, 426, "notification server"},
+		{"Upgrade without Connection", "GET / HTTP/1.1", "Connection: keep-alive\r\nUpgrade: websocket\r\n" + key + version, 426, "notification server"},
+		{"HTTP/1.0", "GET / HTTP/1.0", "Connection: upgrade\r\nUpgrade: websocket\r\n" + key + version, 426, "HTTP/1.1"},
+		{"old version", "GET / HTTP/1.1", "Connection: upgrade\r\nUpgrade: websocket\r\n" + key + "Sec-WebSocket-Version: 8\r\n", 426, "13"},
+		{"no key", "GET / HTTP/1.1", "Connection: upgrade\r\nUpgrade: websocket\r\n" + version, 400, "Sec-WebSocket-Key"},
+		{"short key", "GET / HTTP/1.1", "Connection: upgrade\r\nUpgrade: websocket\r\n" + version + "Sec-WebSocket-Key: aaaa\r\n", 400, "Sec-WebSocket-Key"},
+		{"two lines, other case", "GET / HTTP/1.1", "Connection: keep-alive\r\nConnection: foo, UPGRADE\r\nUpgrade: WebSocket\r\n" + key + version, 101, ""},
+	} {
+		answer, body := rawRequest(t, s.addr, c.first+"\r\nHost: x\r\n"+c.lines+"\r\n")
+		if answer.StatusCode != c.status || !regexp.MustCompile(c.want).MatchString(body) {
+			t.Errorf("%s: answered %s %q, want %d %s", c.name, answer.Status, body, c.status, c.want)
+		}
+		if c.status == 426 && (answer.Header.Get("Upgrade") != "websocket" || answer.Header.Get("Sec-WebSocket-Version") != "13") {
+			t.Errorf("%s: a 426 must name the upgrade (RFC 9110, section 15.5.22): %v", c.name, answer.Header)
+		}
+	}
+}
+
+func TestEventAnswers(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	good := "Authorization: Token " + eventToken(later())
+	token := func(claims string) string {
+		return "Authorization: Token " + signToken(testKey, `{"alg":"HS256"}`, claims)
+	}
+	ok := update(repoA, "1")
+	perm := func(fields string) string {
+		return fmt.Sprintf(`{"type":"folder-perm-changed","content":{"repo_id":%q%s}}`, repoA, fields)
+	}
+	content := func(c string) string { return `{"type":"repo-update","content":` + c + `}` }
+	for _, c := range []struct {
+		name, header, body string
+		status             int
+		want               string // in the body
+	}{
+		{"good", good, ok, 200, `{"subscribers":0}`},
+		{"good, 10.x", "Seafile-Repo-Token: " + eventToken(later()), ok, 200, `{"subscribers":0}`},
+		{"good, of the Go file server", token(`{"exp":4102444800,"repo_id":"` + repoA + `","username":""}`), ok, 200, "subscribers"},
+		{"good, comment", good, `{"type":"comment-update","content":{"repo_id":"x","type":"comment_updated","file_uuid":"u","file_path":"/f"}}`, 200, "subscribers"},
+		{"good, lock", good, lockPosted(repoA, "/f"), 200, "subscribers"},
+		{"good, white space around", good, "\r\n " + ok + "\n", 200, "subscribers"},
+		{"good, 1 MiB", good, ok + strings.Repeat(" ", 1<<20-len(ok)), 200, "subscribers"},
+
+		{"no token", "", ok, 401, "no token"},
+		{"empty token", "Authorization: Token ", ok, 401, "no token"},
+		{"other scheme", "Authorization: Bearer " + eventToken(later()), ok, 401, "no token"},
+		{"malformed", "Authorization: Token x.y", ok, 401, "base64url"},
+		{"wrong key", "Authorization: Token " + signToken("x", `{"alg":"HS256"}`, `{"exp":4102444800}`), ok, 401, "signature"},
+		{"expired", "Authorization: Token " + eventToken(time.Now().Add(-time.Minute)), ok, 401, "expired"},
+		{"no exp", token(`{}`), ok, 401, "exp"},
+		{"alg none", "Authorization: Token eyJhbGciOiJub25lIn0.eyJleHAiOjQxMDI0NDQ4MDB9.", ok, 401, "HS256"},
+		{"HS512", "Authorization: Token " + capturedHS512, ok, 401, "HS256"},
+		{"token before body", "", "x", 401, "no token"},
+
+		{"a client's", "Authorization: Token " + clientToken(repoA, "alice@example.com", later()), ok, 403, "client"},
+		{"another library's", token(`{"exp":4102444800,"repo_id":"` + repoB + `","username":""}`), ok, 403, "another library"},
+
+		{"over 1 MiB", good, ok + strings.Repeat(" ", 1<<20-len(ok)+1), 413, "1 MiB"},
+
+		{"empty", good, "", 400, "JSON"},
+		{"not JSON", good, "repo-update", 400, "JSON"},
+		{"cut off", good, ok[:len(ok)-1], 400, "JSON"},
+		{"trailing bytes", good, ok + "x", 400, "JSON"},
+		{"two objects", good, ok + ok, 400, "JSON"},
+		{"a NUL behind", good, ok + "\x00", 400, "JSON"},
+		{"array", good, "[" + ok + "]", 400, "JSON object"},
+		{"string", good, `"repo-update"`, 400, "JSON object"},
+		{"null", good, "null", 400, "type"},
+		{"no type", good, `{"content":{"repo_id":"x"}}`, 400, "type"},
+		{"unknown type", good, `{"type":"repo-deleted\n","content":{"repo_id":"x"}}`, 400, `"repo-deleted\n"`},
+		{"jwt-expired is ours", good, `{"type":"jwt-expired","content":{"repo_id":"x"}}`, 400, `"jwt-expired"`},
+		{"type is a number", good, `{"type":1,"content":{"repo_id":"x"}}`, 400, "type"},
+		{"no content", good, `{"type":"repo-update"}`, 400, "content"},
+		{"content null", good, content(`null`), 400, "content"},
+		{"content string", good, content(`"x"`), 400, "content"},
+		{"content array", good, content(`[{"repo_id":"x"}]`), 400, "content"},
+		{"content number", good, content(`7`), 400, "content"},
+		{"no repo_id", good, content(`{"commit_id":"x"}`), 400, "repo_id"},
+		{"empty repo_id", good, content(`{"repo_id":""}`), 400, "repo_id"},
+		{"repo_id null", good, content(`{"repo_id":null}`), 400, "repo_id"},
+		{"repo_id number", good, content(`{"repo_id":7}`), 400, "repo_id"},
+		{"not UTF-8", good, content("{\"repo_id\":\"x\",\"path\":\"\xff\"}"), 400, "UTF-8"}, // a text frame could not carry it
+		{"perm without user and group", good, perm(""), 400, "user"},
+		{"perm of user, without user", good, permEvent("user", "", "-1"), 400, "user"},
+		{"perm of user, but a group", good, permEvent("user", "", "1"), 400, "user"},
+		{"perm of group, without group", good, permEvent("group", "", "-1"), 400, "group"},
+		{"perm of group, but a user", good, permEvent("group", "bob@example.com", "-1"), 400, "group"},
+		{"perm of group, no number", good, perm(`,"type":"group"`), 400, "group"},
+		{"perm of group, string", good, permEvent("group", "", `"1"`), 400, "group"},
+		{"perm of group, fraction", good, permEvent("group", "", "1.5"), 400, "group"},
+		{"perm of neither", good, permEvent("everyone", "bob@example.com", "1"), 400, "type"},
+		{"perm, user is a number", good, perm(`,"type":"user","user":5`), 400, "user"},
+	} {
+		var lines []string
+		if c.header != "" {
+			lines = append(lines, c.header)
+		}
+		answer, body := request(t, "POST", "http://"+s.addr+"/events", c.body, lines...)
+		if answer.StatusCode != c.status || !strings.Contains(body, c.want) {
+			t.Errorf("%s: answered %s %q, want %d %s", c.name, answer.Status, body, c.status, c.want)
+		}
+		if strings.Contains(body, "eyJ") {
+			t.Errorf("%s: the answer shows the token: %q", c.name, body)
+		}
+	}
+	// A basic Authorization that a proxy adds does not hide the token of 10.x.
+	if answer, _ := request(t, "POST", "http://"+s.addr+"/events", ok, "Authorization: Basic eDp5", "Seafile-Repo-Token: "+eventToken(later())); answer.StatusCode != 200 {
+		t.Errorf("two headers: %s", answer.Status)
+	}
+	// A length that is not announced is limited, too.
+	long := ok + strings.Repeat(" ", 1<<20-len(ok)+1)
+	answer, _ := rawRequest(t, s.addr, fmt.Sprintf("POST /events HTTP/1.1\r\nHost: x\r\n%s\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", good, len(long), long))
+	if answer.StatusCode != 413 {
+		t.Errorf("chunked over 1 MiB: %s", answer.Status)
+	}
+}
+
+// Two events come over one connection, as from the pools of seaf-server.
+func TestKeepAlive(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	s.time.setWall(capturedEnd - 60)
+	nc, err := net.Dial("tcp", s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	nc.SetDeadline(time.Now().Add(patient))
+	br := bufio.NewReader(nc)
+	for _, text := range []string{eventFromC, eventFromGo, eventFromC} {
+		io.WriteString(nc, crlf(text))
+		answer, err := http.ReadResponse(br, nil)
+		if err != nil || answer.StatusCode != 200 || answer.Close {
+			t.Fatalf("answered %v, %v", answer, err)
+		}
+		io.Copy(io.Discard, answer.Body)
+	}
+	if d := s.http.IdleTimeout; d < 2*time.Minute || d > time.Hour { // libcurl keeps a connection for 118 s
+		t.Errorf("an idle connection is kept for %v", d)
+	}
+}
+
+// Who sends a header slowly, or a large one, is cut off.
+func TestSlowHeader(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	large, _ := rawRequest(t, s.addr, "GET /ping HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10))
+	if large.StatusCode != 431 {
+		t.Errorf("a large header is answered %s", large.Status)
+	}
+	if testing.Short() {
+		t.Skip("takes 10 s")
+	}
+	nc, err := net.Dial("tcp", s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	io.WriteString(nc, "GET /ping HTTP/1.1\r\nHost: x\r\nX: ")
+	drip := time.NewTicker(200 * time.Millisecond) // never idle
+	defer drip.Stop()
+	go func() {
+		for range drip.C {
+			if _, err := io.WriteString(nc, "x"); err != nil {
+				return
+			}
+		}
+	}()
+	nc.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.Copy(io.Discard, nc); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("a slow header is not cut off within 20 s")
+	}
+}
+
+// ---- Tokens ----
+
+func TestCapturedTokens(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	for _, c := range []struct {
+		name, token  string
+		end          float64
+		repoID, user string
+		good         bool
+	}{
+		{"libjwt", capturedC, capturedEnd, "", "", true},
+		{"golang-jwt", capturedGo, 1795424223, repoA, "", true},
+		{"desktop client", capturedClient, 1795682817, repoA, "alice@example.com", true},
+		{"PyJWT", capturedSeahub, 4102444800, "", "", true},
+		{"PyJWT, library", capturedLibrary, 4102444800, repoA, "alice@example.com", true},
+		{"PyJWT, HS512", capturedHS512, 4102444800, "", "", false},
+	} {
+		for _, at := range []struct {
+			time float64
+			live bool
+		}{{c.end - 86400, true}, {c.end - 0.5, true}, {c.end, false}, {c.end + 0.5, false}, {c.end + 1e7, false}} {
+			s.time.setWall(at.time)
+			cl, refused := s.verify(c.token)
+			if want := c.good && at.live; (refused == nil) != want {
+				t.Errorf("%s, %v s from its end: %+v, want good: %v", c.name, at.time-c.end, refused, want)
+			} else if want && (cl.RepoID != c.repoID || cl.Username != c.user) {
+				t.Errorf("%s: claims %+v", c.name, cl)
+			}
+		}
+	}
+}
+
+func TestTokens(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	const now = 1795423000
+	s.time.setWall(now)
+	const header, claims = `{"alg":"HS256","typ":"JWT"}`, `{"exp":4102444800}`
+	enc := base64.RawURLEncoding.EncodeToString
+	with := func(claims string) string { return signToken(testKey, header, claims) }
+	head := func(header string) string { return signToken(testKey, header, claims) }
+	// text signs what need not be base64.
+	text := func(headAndClaims string) string {
+		mac := hmac.New(sha256.New, []byte(testKey))
+		mac.Write([]byte(headAndClaims))
+		return headAndClaims + "." + enc(mac.Sum(nil))
+	}
+	h, c := enc([]byte(header)), enc([]byte(claims))
+	valid := text(h + "." + c)
+	parts := strings.Split(valid, ".")
+	hs384, hs512 := hmac.New(sha512.New384, []byte(testKey)), hmac.New(sha512.New, []byte(testKey))
+	h384, h512 := enc([]byte(`{"alg":"HS384"}`))+"."+c, enc([]byte(`{"alg":"HS512"}`))+"."+c
+	hs384.Write([]byte(h384))
+	hs512.Write([]byte(h512))
+	for _, c := range []struct {
+		name, token string
+		reason      string // "" for a good one
+	}{
+		{"good", valid, ""},
+		{"no typ", head(`{"alg":"HS256"}`), ""},
+		{"fraction later", with(`{"exp":1795423000.5}`), ""},
+		{"exponent", with(`{"exp":4.1e9}`), ""},
+		{"nbf past", with(`{"exp":4102444800,"nbf":1795422999}`), ""},
+		{"nbf now", with(`{"exp":4102444800,"nbf":1795423000}`), ""},
+		{"unknown claims", with(`{"exp":4102444800,"iat":"x","aud":["y"]}`), ""},
+
+		{"empty", "", "malformed"},
+		{"dots", "..", "algorithm"},
+		{"one part", h, "malformed"},
+		{"two parts", h + "." + enc([]byte(claims)), "malformed"},
+		{"four parts", valid + "." + h, "malformed"},
+		{"a dot behind", valid + ".", "malformed"},
+		{"padding", parts[0] + "." + parts[1] + "." + parts[2] + "=", "malformed"},
+		{"padded and signed", text(base64.URLEncoding.EncodeToString([]byte(header+" ")) + "." + parts[1]), "malformed"},
+		{"base64, not base64url", text(h + "." + base64.RawStdEncoding.EncodeToString([]byte(`{"exp":4102444800,"a":"???>>>~~~"}`))), "malformed"},
+		{"newline", parts[0] + "." + parts[1] + "." + parts[2] + "\n", "malformed"},
+		{"newline inside, signed", text(h[:8] + "\n" + h[8:] + "." + parts[1]), "malformed"},
+		{"carriage return inside, signed", text(h + "." + parts[1][:8] + "\r" + parts[1][8:]), "malformed"},
+		{"space", " " + valid, "malformed"},
+		{"another writing of the same signature", valid[:len(valid)-1] + string("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"[strings.IndexByte("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_", valid[len(valid)-1])^1]), "malformed"},
+
+		{"alg none, unsigned", enc([]byte(`{"alg":"none"}`)) + "." + parts[1] + ".", "algorithm"},
+		{"alg none, signed", head(`{"alg":"none"}`), "algorithm"},
+		{"HS384", h384 + "." + enc(hs384.Sum(nil)), "algorithm"},
+		{"HS512", h512 + "." + enc(hs512.Sum(nil)), "algorithm"},
+		{"HS512 in name only", head(`{"alg":"HS512"}`), "algorithm"},
+		{"RS256", head(`{"alg":"RS256"}`), "algorithm"},
+		{"lower case", head(`{"alg":"hs256"}`), "algorithm"},
+		{"no alg", head(`{"typ":"JWT"}`), "algorithm"},
+		{"alg null", head(`{"alg":null}`), "algorithm"},
+		{"alg list", head(`{"alg":["HS256"]}`), "algorithm"},
+		{"header is no object", head(`"HS256"`), "algorithm"},
+		{"header is a list", head(`[{"alg":"HS256"}]`), "algorithm"},
+		{"header is not JSON", head(`{"alg":"HS256"`), "algorithm"},
+		{"bytes behind the header", head(`{"alg":"HS256"}x`), "algorithm"},
+
+		{"no signature", parts[0] + "." + parts[1] + ".", "signature"},
+		{"short signature", parts[0] + "." + parts[1] + "." + parts[2][:40], "signature"}, // 30 whole bytes
+		{"long signature", text(h+"."+parts[1]) + "AAAA", "signature"},
+		{"other key", signToken("other", header, claims), "signature"},
+		{"empty key", signToken("", header, claims), "signature"},
+		{"other claims", parts[0] + "." + enc([]byte(`{"exp":4102444801}`)) + "." + parts[2], "signature"},
+		{"other header", enc([]byte(`{"alg":"HS256"}`)) + "." + parts[1] + "." + parts[2], "signature"},
+		{"signature before claims", signToken("other", header, `{"exp":1}`), "signature"},
+		{"signature before JSON", signToken("other", header, `{`), "signature"},
+
+		{"no exp", with(`{}`), "malformed"},
+		{"exp null", with(`{"exp":null}`), "malformed"},
+		{"exp string", with(`{"exp":"4102444800"}`), "malformed"},
+		{"exp true", with(`{"exp":true}`), "malformed"},
+		{"exp list", with(`{"exp":[4102444800]}`), "malformed"},
+		{"exp beyond numbers", with(`{"exp":1e400}`), "malformed"},
+		{"claims null", with(`null`), "malformed"},
+		{"claims list", with(`[{"exp":4102444800}]`), "malformed"},
+		{"claims number", with(`4102444800`), "malformed"},
+		{"claims empty", with(``), "malformed"},
+		{"claims cut off", with(`{"exp":4102444800`), "malformed"},
+		{"bytes behind the claims", with(`{"exp":4102444800}{}`), "malformed"},
+		{"repo_id number", with(`{"exp":4102444800,"repo_id":7}`), "malformed"},
+		{"username list", with(`{"exp":4102444800,"username":[]}`), "malformed"},
+		{"exp now", with(`{"exp":1795423000}`), "expired"},
+		{"fraction before", with(`{"exp":1795422999.5}`), "expired"},
+		{"exp 0", with(`{"exp":0}`), "expired"},
+		{"exp negative", with(`{"exp":-4102444800}`), "expired"},
+		{"exp in milliseconds would be far", with(`{"exp":1.795}`), "expired"},
+		{"nbf to come", with(`{"exp":4102444800,"nbf":1795423001}`), "not-yet"},
+		{"nbf string", with(`{"exp":4102444800,"nbf":"1"}`), "malformed"},
+	} {
+		_, refused := s.verify(c.token)
+		got := ""
+		if refused != nil {
+			got = refused.(*problem).reason
+		}
+		if got != c.reason {
+			t.Errorf("%s: refused for %q, want %q", c.name, got, c.reason)
+		}
+	}
+	// A subscription needs the token of that library.
+	cl := connect(t, s.addr, asDesktop)
+	for _, c := range []struct{ name, claims string }{
+		{"none", `{"exp":4102444800,"username":"alice@example.com"}`},
+		{"empty", `{"exp":4102444800,"repo_id":"","username":"alice@example.com"}`},
+		{"another", `{"exp":4102444800,"repo_id":"` + repoB + `","username":"alice@example.com"}`},
+		{"longer", `{"exp":4102444800,"repo_id":"` + repoA + `/","username":"alice@example.com"}`},
+		{"upper case", `{"exp":4102444800,"repo_id":"` + strings.ToUpper(repoA) + `","username":"alice@example.com"}`},
+	} {
+		cl.subscribe(repoA, with(c.claims))
+		cl.expect(opText, expiredText(repoA))
+	}
+	cl.sync()
+}
+
+// ---- Subscriptions and delivery ----
+
+// An event comes as one text frame, compacted and otherwise as it was posted.
+func TestFrameText(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	c := connect(t, s.addr, asBrowser).subscribed(repoA, "alice@example.com")
+	for _, e := range []struct{ name, body, want string }{
+		{"as it is", update(repoA, "1"), update(repoA, "1")},
+		{"compacted", "{ \"type\" :\t\"repo-update\",\r\n \"content\": { \"repo_id\" : \"" + repoA + "\", \"commit_id\": \"a  b\" } } ", update(repoA, "a  b")},
+		{"content first", `{"content":{"repo_id":"` + repoA + `"},"type":"repo-update"}`, `{"type":"repo-update","content":{"repo_id":"` + repoA + `"}}`},
+		{"unknown fields kept, outside ones dropped", `{"x":1,"type":"repo-update","content":{"b":[1.0, 1e2, -0],"repo_id":"` + repoA + `","a":{"z":null,"y":true}},"y":2}`,
+			`{"type":"repo-update","content":{"b":[1.0,1e2,-0],"repo_id":"` + repoA + `","a":{"z":null,"y":true}}}`},
+		{"escapes kept", `{"type":"repo-update","content":{"repo_id":"` + repoA + `","path":"/\u00e9\/é<>&\u2028 😀\ud83d\ude00\ud800 \"\\\n"}}`,
+			`{"type":"repo-update","content":{"repo_id":"` + repoA + `","path":"/\u00e9\/é<>&\u2028 😀\ud83d\ude00\ud800 \"\\\n"}}`},
+		{"large numbers kept", `{"type":"repo-update","content":{"repo_id":"` + repoA + `","n":123456789012345678901234567890.10}}`,
+			`{"type":"repo-update","content":{"repo_id":"` + repoA + `","n":123456789012345678901234567890.10}}`},
+		{"repo_id by escapes", `{"type":"repo-update","content":{"repo_id":"\u0032` + repoA[1:] + `"}}`, `{"type":"repo-update","content":{"repo_id":"\u0032` + repoA[1:] + `"}}`},
+		{"short frame", lockPosted(repoA, "/"), lockPosted(repoA, "/")},
+		{"16-bit length", lockPosted(repoA, "/"+strings.Repeat("x", 60000)), lockPosted(repoA, "/"+strings.Repeat("x", 60000))},
+		{"64-bit length", lockPosted(repoA, "/"+strings.Repeat("x", 1<<20-300)), lockPosted(repoA, "/"+strings.Repeat("x", 1<<20-300))},
+	} {
+		post(t, s.addr, e.body, 1)
+		c.expect(opText, e.want)
+	}
+	c.sync()
+}
+
+// Events of one sender come in its order, all clients get all events in the
+// same order, and each once, however often a client has subscribed.
+func TestOrder(t *testing.T) {
+	t.Parallel()
+	const senders, events, clients = 4, 40, 3
+	s := loggedServer(t)
+	var all []*client
+	for i := range clients {
+		c := connect(t, s.addr, []string{asDesktop, asBrowser}[i%2])
+		c.nc.(*net.TCPConn).SetReadBuffer(64 << 10) // so that most events wait in the server
+		for range i + 1 {
+			c.subscribed(repoA, "alice@example.com")
+		}
+		all = append(all, c)
+	}
+	var wg sync.WaitGroup
+	for i := range senders {
+		wg.Go(func() {
+			for n := range events {
+				r, _ := http.NewRequest("POST", "http://"+s.addr+"/events", strings.NewReader(lockPosted(repoA, fmt.Sprintf("/%d/%d/%s", i, n, strings.Repeat("x", 3800)))))
+				r.Header.Set("Authorization", "Token "+eventToken(later()))
+				answer, err := http.DefaultClient.Do(r)
+				if err != nil || answer.StatusCode != 200 {
+					t.Errorf("answered %v, %v", answer, err)
+					return
+				}
+				text, _ := io.ReadAll(answer.Body)
+				answer.Body.Close()
+				if want := fmt.Sprintf(`{"subscribers":%d}`, clients); strings.TrimSpace(string(text)) != want {
+					t.Errorf("answered %q, want %s", text, want)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	var first []string
+	for i, c := range all {
+		var got []string
+		next := [senders]int{}
+		c.nc.SetReadDeadline(time.Now().Add(patient))
+		for range senders * events {
+			opcode, text, err := c.read()
+			var m struct{ Content struct{ Path string } }
+			var sender, n int
+			if err != nil || opcode != opText || json.Unmarshal(text, &m) != nil {
+				t.Fatalf("client %d: frame %d %.100q, %v", i, opcode, text, err)
+			}
+			fmt.Sscanf(m.Content.Path, "/%d/%d", &sender, &n)
+			if next[sender] != n {
+				t.Fatalf("client %d: event %d of sender %d came in place of %d", i, n, sender, next[sender])
+			}
+			next[sender]++
+			got = append(got, m.Content.Path)
+		}
+		c.sync()
+		if first == nil {
+			first = got
+		}
+		if !reflect.DeepEqual(got, first) {
+			t.Errorf("client %d got another order than the first", i)
+		}
+	}
+}
+
+// Who does not read keeps neither the sender nor the others.
+func TestStuckClient(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	connect(t, s.addr, asBrowser).subscribed(repoA, "stuck@example.com")
+	c := connect(t, s.addr, asBrowser).subscribed(repoA, "alice@example.com")
+	for n := range 200 { // 6 MiB, more than the stuck one's socket and outbox hold
+		e := lockPosted(repoA, fmt.Sprintf("/%d/%s", n, strings.Repeat("x", 30000)))
+		answer, _ := request(t, "POST", "http://"+s.addr+"/events", e, "Authorization: Token "+eventToken(later()))
+		if answer.StatusCode != 200 {
+			t.Fatal(answer.Status)
+		}
+		c.expect(opText, e)
+	}
+	c.sync()
+}
+
+func TestSubscriptions(t *testing.T) {
+	t.Parallel()
+	far := later()
+	perm := permEvent("user", "alice@example.com", "-1")
+	for _, c := range []struct {
+		name string
+		do   func(t *testing.T, s *testServer, c *client)
+	}{
+		{"one library is not another", func(t *testing.T, s *testServer, c *client) {
+			c.subscribed(repoA, "alice@example.com")
+			post(t, s.addr, update(repoB, "1"), 0)
+			post(t, s.addr, update(repoA, "2"), 1)
+			c.expect(opText, update(repoA, "2"))
+		}},
+		{"several in one message", func(t *testing.T, s *testServer, c *client) {
+			c.text(fmt.Sprintf(`{"type":"subscribe","content":{"repos":[{"id":%q,"jwt_token":%q},{"id":%q,"jwt_token":%q}]}}`,
+				repoA, clientToken(repoA, "alice@example.com", far), repoB, clientToken(repoB, "alice@example.com", far)))
+			c.sync()
+			post(t, s.addr, update(repoB, "1"), 1)
+			post(t, s.addr, update(repoA, "2"), 1)
+			c.expect(opText, update(repoB, "1"))
+			c.expect(opText, update(repoA, "2"))
+		}},
+		{"a bad token among good ones", func(t *testing.T, s *testServer, c *client) {
+			bad := "bad \"library\"\n<é>"
+			c.text(fmt.Sprintf(`{"type":"subscribe","content":{"repos":[{"id":%q,"jwt_token":%q},{"id":%q,"jwt_token":"x"},{"id":"no-token"},{"id":%q,"jwt_token":%q}]}}`,
+				repoA, clientToken(repoA, "alice@example.com", far), bad, repoB, clientToken(repoB, "alice@example.com", far)))
+			_, text, err := c.read()
+			var m struct {
+				Type    string            `json:"type"`
+				Content map[string]string `json:"content"`
+			}
+			if err != nil || json.Unmarshal(text, &m) != nil || m.Type != "jwt-expired" || !reflect.DeepEqual(m.Content, map[string]string{"repo_id": bad}) {
+				t.Errorf("got %q, %v", text, err)
+			}
+			c.expect(opText, expiredText("no-token"))
+			c.sync()
+			post(t, s.addr, update(repoA, "1"), 1)
+			post(t, s.addr, update(repoB, "2"), 1)
+			c.expect(opText, update(repoA, "1"))
+			c.expect(opText, update(repoB, "2"))
+		}},
+		{"a bad token does not end what is", func(t *testing.T, s *testServer, c *client) {
+			c.subscribed(repoA, "alice@example.com")
+			c.subscribe(repoA, "x.y.z")
+			c.expect(opText, expiredText(repoA))
+			post(t, s.addr, update(repoA, "1"), 1)
+			c.expect(opText, update(repoA, "1"))
+		}},
+		{"unsubscribe", func(t *testing.T, s *testServer, c *client) {
+			c.subscribed(repoA, "alice@example.com").subscribed(repoB, "alice@example.com")
+			c.text(`{"type":"unsubscribe","content":{"repos":[{"id":"` + repoA + `"},{"id":"never subscribed"}]}}`)
+			c.text(`{"type":"unsubscribe","content":{"repos":[{"id":"never subscribed"}]}}`)
+			c.text(`{"type":"unsubscribe","content":{"repos":[]}}`)
+			c.sync()
+			post(t, s.addr, update(repoA, "1"), 0)
+			post(t, s.addr, update(repoB, "2"), 1)
+			c.expect(opText, update(repoB, "2"))
+			c.text(`{"type":"unsubscribe","content":{"repos":[{"id":"` + repoA + `"}]}}`) // twice
+			c.subscribed(repoA, "alice@example.com")
+			post(t, s.addr, update(repoA, "3"), 1)
+			c.expect(opText, update(repoA, "3"))
+		}},
+		{"a client that left", func(t *testing.T, s *testServer, c *client) {
+			c.subscribed(repoA, "alice@example.com")
+			gone := connect(t, s.addr, asDesktop).subscribed(repoA, "bob@example.com")
+			gone.nc.Close()
+			waitFor(t, "the server knows that the client left", func() bool { return strings.Contains(s.out.String(), "disconnected") })
+			post(t, s.addr, update(repoA, "1"), 1)
+			c.expect(opText, update(repoA, "1"))
+		}},
+		{"a token runs out", func(t *testing.T, s *testServer, c *client) {
+			start := float64(time.Now().Unix())
+			s.time.setWall(start)
+			c.subscribe(repoA, clientToken(repoA, "alice@example.com", time.Unix(int64(start)+10, 0)))
+			c.subscribed(repoB, "alice@example.com")
+			s.time.advance(9999 * time.Millisecond)
+			s.sweep()
+			post(t, s.addr, update(repoA, "1"), 1)
+			c.expect(opText, update(repoA, "1"))
+			s.time.advance(time.Millisecond) // the second is here: no event, before any sweep
+			post(t, s.addr, update(repoA, "2"), 0)
+			c.sync()
+			s.sweep()
+			c.expect(opText, expiredText(repoA))
+			s.sweep() // it is said once
+			post(t, s.addr, update(repoB, "3"), 1)
+			c.expect(opText, update(repoB, "3"))
+			c.subscribe(repoA, clientToken(repoA, "alice@example.com", time.Unix(int64(start)+20, 0))) // upon which the client does this
+			c.sync()
+			post(t, s.addr, update(repoA, "4"), 1)
+			c.expect(opText, update(repoA, "4"))
+		}},
+		{"subscribing again replaces the expiry", func(t *testing.T, s *testServer, c *client) {
+			start := time.Now()
+			s.time.setWall(float64(start.Unix()))
+			c.subscribe(repoA, clientToken(repoA, "alice@example.com", start.Add(10*time.Second)))
+			c.subscribe(repoA, clientToken(repoA, "alice@example.com", start.Add(30*time.Second)))
+			c.sync()
+			s.time.advance(15 * time.Second)
+			s.sweep()
+			post(t, s.addr, update(repoA, "1"), 1)
+			c.expect(opText, update(repoA, "1"))
+			c.subscribe(repoA, clientToken(repoA, "alice@example.com", start.Add(18*time.Second))) // also by an earlier one
+			c.sync()
+			s.time.advance(4 * time.Second)
+			post(t, s.addr, update(repoA, "2"), 0)
+			s.sweep()
+			c.expect(opText, expiredText(repoA))
+		}},
+		{"subscribing again replaces the user", func(t *testing.T, s *testServer, c *client) {
+			c.subscribed(repoA, "bob@example.com")
+			post(t, s.addr, perm, 0)
+			c.subscribed(repoA, "alice@example.com")
+			post(t, s.addr, perm, 1)
+			c.expect(opText, perm)
+			c.subscribed(repoA, "bob@example.com")
+			post(t, s.addr, perm, 0)
+		}},
+		{"two accounts on one connection", func(t *testing.T, s *testServer, c *client) {
+			c.subscribed(repoA, "alice@example.com").subscribed(repoB, "bob@example.com")
+			post(t, s.addr, perm, 1)
+			c.expect(opText, perm)
+			ofB := strings.Replace(perm, repoA, repoB, 1)
+			post(t, s.addr, ofB, 0) // alice is not the user there
+			ofB = strings.Replace(ofB, "alice", "bob", 1)
+			post(t, s.addr, ofB, 1)
+			c.expect(opText, ofB)
+		}},
+		{"a permission of a user is for that user", func(t *testing.T, s *testServer, c *client) {
+			c.subscribed(repoA, "alice@example.com")
+			bob := connect(t, s.addr, asBrowser).subscribed(repoA, "bob@example.com")
+			nearly := connect(t, s.addr, asBrowser).subscribed(repoA, "Alice@example.com")
+			post(t, s.addr, perm, 1)
+			c.expect(opText, perm)
+			post(t, s.addr, update(repoA, "1"), 3)
+			c.expect(opText, update(repoA, "1"))
+			bob.expect(opText, update(repoA, "1"))
+			nearly.expect(opText, update(repoA, "1"))
+		}},
+		{"a lone repo-update is not repeated to others' events", func(t *testing.T, s *testServer, c *client) {
+			c.subscribed(repoA, "alice@example.com")
+			for _, e := range []string{update(repoA, "1"), lockPosted(repoA, "/a"), `{"type":"comment-update","content":{"repo_id":"` + repoA + `","type":"comment_updated"}}`} {
+				post(t, s.addr, e, 1)
+				c.expect(opText, e)
+			}
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := loggedServer(t)
+			cl := connect(t, s.addr, asDesktop)
+			c.do(t, s, cl)
+			cl.sync() // nothing else came
+		})
+	}
+}
+
+// A library without subscribers leaves nothing, whatever ended them; and the
+// real server tells a client within 10 s that its token has run out.
+func TestNothingKept(t *testing.T) {
+	t.Parallel()
+	port, metricsPort := freePort(t), freePort(t)
+	p := startBinary(t, port, []string{"NOTIFICATION_SERVER_METRICS=127.0.0.1:" + metricsPort}, "-c", writeConfig(t, port, "log_level = debug"))
+	addr := "127.0.0.1:" + port
+	is := func(libraries, subscriptions int) func() bool {
+		return func() bool {
+			_, text := request(t, "GET", "http://127.0.0.1:"+metricsPort+"/metrics", "")
+			return strings.Contains(text, fmt.Sprintf("\nseafile_notification_libraries %d\n", libraries)) &&
+				strings.Contains(text, fmt.Sprintf("\nseafile_notification_subscriptions %d\n", subscriptions))
+		}
+	}
+	a, b := connect(t, addr, asDesktop), connect(t, addr, asBrowser)
+	a.subscribed(repoA, "alice@example.com").subscribed(repoB, "alice@example.com").subscribed(repoB, "bob@example.com")
+	b.subscribed(repoB, "bob@example.com")
+	waitFor(t, "2 libraries, 3 subscriptions", is(2, 3))
+	a.text(`{"type":"unsubscribe","content":{"repos":[{"id":"` + repoA + `"}]}}`)
+	waitFor(t, "unsubscribed", is(1, 2))
+	a.nc.Close()
+	waitFor(t, "disconnected", is(1, 1))
+	post(t, addr, update(repoA, "1"), 0) // nor does an event leave a library
+	b.subscribe(repoA, "x.y.z")
+	b.expect(opText, expiredText(repoA))
+	b.text(`{"type":"unsubscribe","content":{"repos":[{"id":"` + repoB + `"},{"id":"x"}]}}`)
+	waitFor(t, "all unsubscribed", is(0, 0))
+	b.subscribe(repoA, clientToken(repoA, "bob@example.com", time.Now().Add(2*time.Second)))
+	b.expect(opText, expiredText(repoA))
+	waitFor(t, "the token has run out", is(0, 0))
+	if status := p.terminate(); status != 0 {
+		t.Errorf("exit %d", status)
+	}
+	checkLog(t, p.out.String(), "")
+}
+
+// ---- Permissions of groups ----
+
+// seaf-server is asked as was captured, and the members that it names get the event.
+func TestGroupMembers(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	ss := startSeafServer(t, filepath.Join(s.dir, "seafile.sock"), func(nc net.Conn) { io.WriteString(nc, capturedMembers) })
+	carol := connect(t, s.addr, asDesktop).subscribed(repoA, "carol@example.com")
+	bob := connect(t, s.addr, asBrowser).subscribed(repoA, "bob@example.com")
+	dave := connect(t, s.addr, asDesktop).subscribed(repoA, "dave@example.com")
+	e := permEvent("group", "", "1")
+	post(t, s.addr, e, 2)
+	carol.expect(opText, e)
+	bob.expect(opText, e)
+	for _, c := range []*client{carol, bob, dave} {
+		c.sync()
+	}
+	var got, want any
+	json.Unmarshal([]byte(<-ss.requests), &got)
+	json.Unmarshal([]byte(`{"service": "seafserv-threaded-rpcserver", "request": "[\"get_group_members\", 1, -1, -1]"}`), &want)
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("asked %v, want %v", got, want)
+	}
+	post(t, s.addr, strings.Replace(e, repoA, repoB, 1), 0) // nobody there, but no error
+	<-ss.requests
+	post(t, s.addr, permEvent("user", "dave@example.com", "-1"), 1)
+	dave.expect(opText, permEvent("user", "dave@example.com", "-1"))
+	select {
+	case r := <-ss.requests:
+		t.Errorf("for a user seaf-server was asked %s", r)
+	default:
+	}
+}
+
+// Where the members cannot be learned, nobody gets the event, the sender and
+// the log learn why, and the subscribers are closed so that they resync.
+func TestGroupMembersUnknown(t *testing.T) {
+	t.Parallel()
+	raw := func(text string) func(net.Conn) { return func(nc net.Conn) { io.WriteString(nc, text) } }
+	hang := func(nc net.Conn) { nc.Read(make([]byte, 1)) }
+	for _, c := range []struct {
+		name  string
+		reply func(net.Conn) // nil: no socket
+		want  string         // in the log
+	}{
+		{"no socket", nil, `there is no .*seafile\.sock.*SEAFILE_RPC_PIPE_PATH`},
+		{"database down, unknown or empty group", raw(capturedNull), "seaf-server does not know them.*database"},
+		{"error of the function", raw(capturedNoFunction), `error 500, "cannot find function no_such_fn\."`},
+		{"error of the service", raw(capturedNoService), `error 501`},
+		{"hangs", hang, "seaf-server does not answer.*timeout"},
+		{"half a length", func(nc net.Conn) { io.WriteString(nc, "\x7f\x00"); hang(nc) }, "timeout"},
+		{"half an answer, then hangs", func(nc net.Conn) { io.WriteString(nc, capturedMembers[:40]); hang(nc) }, "timeout"},
+		{"half an answer, then closes", raw(capturedMembers[:40]), "EOF"},
+		{"drips", func(nc net.Conn) {
+			for i := range len(capturedMembers) {
+				if _, err := nc.Write([]byte{capturedMembers[i]}); err != nil {
+					return
+				}
+				nc.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+				hang(nc)
+			}
+		}, "timeout"},
+		{"closes", raw(""), "EOF"},
+		{"garbage", rpcReply("garbage"), "invalid character"},
+		{"bytes behind", rpcReply(`{"ret":[]}x`), "invalid character"},
+		{"empty", rpcReply(""), "JSON"},
+		{"huge length", raw("\xff\xff\xff\xff{}"), "4294967295"},
+		{"big-endian length", raw("\x00\x00\x00\x7f" + capturedMembers[4:]), "does not answer as it should|bytes"},
+		{"wrong shape", rpcReply(`{"ret":{"user-name":"bob@example.com"}}`), "cannot unmarshal"},
+		{"list of names", rpcReply(`{"ret":["bob@example.com"]}`), "cannot unmarshal"},
+		{"a member without a name", rpcReply(`{"ret":[{"group-id":1,"user-name":"bob@example.com"},{"group-id":1,"user_name":"x"}]}`), "user-name"},
+		{"no ret", rpcReply(`{}`), "does not know them"},
+		{"an error and members", rpcReply(`{"ret":[{"user-name":"bob@example.com"}],"err_code":512,"err_msg":"x"}`), "error 512"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := loggedServer(t)
+			if c.reply != nil {
+				startSeafServer(t, filepath.Join(s.dir, "seafile.sock"), c.reply)
+			}
+			bob := connect(t, s.addr, asDesktop).subscribed(repoA, "bob@example.com")
+			dave := connect(t, s.addr, asBrowser).subscribed(repoA, "dave@example.com").subscribed(repoB, "dave@example.com")
+			other := connect(t, s.addr, asBrowser).subscribed(repoB, "bob@example.com")
+			var answer *http.Response
+			var body string
+			withinOnce(t, time.Second, func() { // which is what seaf-server waits
+				answer, body = request(t, "POST", "http://"+s.addr+"/events", permEvent("group", "", "1"), "Authorization: Token "+eventToken(later()))
+			})
+			if answer.StatusCode != 503 || !regexp.MustCompile(c.want).MatchString(body) {
+				t.Errorf("answered %s %q, want 503 and %s", answer.Status, body, c.want)
+			}
+			for _, cl := range []*client{bob, dave} { // nothing came before the close frame
+				opcode, payload, err := cl.read()
+				if err != nil || opcode != opClose || !bytes.HasPrefix(payload, []byte("\x03\xf4")) || len(payload) < 10 {
+					t.Errorf("got frame %d %q, %v; want to be closed with 1012 and a reason", opcode, payload, err)
+				}
+			}
+			other.sync()
+			if !regexp.MustCompile(`\[WARNING\] a request from .*group 1 .*library "` + repoA + `".*` + c.want).MatchString(s.out.String()) {
+				t.Errorf("the log does not say %s: %s", c.want, s.out)
+			}
+		})
+	}
+	t.Run("a socket that nobody listens on", func(t *testing.T) {
+		t.Parallel()
+		s := loggedServer(t)
+		ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(s.dir, "seafile.sock"), Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln.SetUnlinkOnClose(false)
+		ln.Close()
+		c := connect(t, s.addr, asDesktop).subscribed(repoA, "bob@example.com")
+		answer, body := request(t, "POST", "http://"+s.addr+"/events", permEvent("group", "", "1"), "Authorization: Token "+eventToken(later()))
+		if answer.StatusCode != 503 || !strings.Contains(body, "refused") {
+			t.Errorf("answered %s %q", answer.Status, body)
+		}
+		c.expectClose(1012)
+	})
+}
+
+// The socket is looked for in three places, each time anew.
+func TestSocketPlaces(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	dir := writeConfig(t, port)
+	base := filepath.Dir(dir)
+	rpc := filepath.Join(base, "rpc")
+	p := startBinary(t, port, []string{"SEAFILE_RPC_PIPE_PATH=" + rpc}, "-c", dir)
+	addr := "127.0.0.1:" + port
+	e := permEvent("group", "", "1")
+	if answer, _ := request(t, "POST", "http://"+addr+"/events", e, "Authorization: Token "+eventToken(later())); answer.StatusCode != 503 {
+		t.Errorf("without a socket: %s", answer.Status)
+	}
+	user := map[string]*client{}
+	var servers []*seafServer
+	places := []string{filepath.Join(base, "seafile-data"), filepath.Join(base, "seafile-server-latest", "runtime"), rpc} // the last comes first
+	is := func(want string) {
+		t.Helper()
+		post(t, addr, e, 1)
+		user[want].expect(opText, e)
+	}
+	for _, place := range places {
+		name := filepath.Base(place)
+		user[name] = connect(t, addr, asDesktop).subscribed(repoA, name)
+		if err := os.MkdirAll(place, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		servers = append(servers, startSeafServer(t, filepath.Join(place, "seafile.sock"), rpcReply(`{"ret":[{"group-id":1,"user-name":"`+name+`","is-staff":0}]}`)))
+		is(name)
+	}
+	for i := 2; i > 0; i-- {
+		servers[i].ln.Close() // removes it
+		is(filepath.Base(places[i-1]))
+	}
+	p.terminate()
+	if log := p.out.String(); !strings.Contains(log, filepath.Join(rpc, "seafile.sock")) {
+		t.Errorf("the log does not say at the start where group members will be asked: %s", log)
+	}
+}
+
+// ---- Refusals in the log ----
+
+func TestRefusalsInLog(t *testing.T) {
+	t.Parallel()
+	token := func(key string, exp time.Duration) string {
+		return signToken(key, `{"alg":"HS256"}`, fmt.Sprintf(`{"exp":%d,"repo_id":%q,"username":"alice@example.com"}`, time.Now().Add(exp).Unix(), repoA))
+	}
+	for _, c := range []struct{ name, token, want string }{
+		{"signature", token("another key", time.Hour), "signature does not match.*jwt_private_key differs between here and seaf-server"},
+		{"just expired", token(testKey, -10*time.Minute), "expired 6.. s ago.*clocks.*differ"},
+		{"long expired", token(testKey, -2*time.Hour), "expired more than an hour ago"},
+		{"malformed", "x", "not three parts"},
+		{"algorithm", capturedHS512, "does not name HS256"},
+		{"not yet", signToken(testKey, `{"alg":"HS256"}`, `{"exp":4102444800,"nbf":4102444000}`), "valid only in.*clocks.*differ"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := loggedServer(t)
+			cl := connect(t, s.addr, asDesktop+"X-Forwarded-For: 203.0.113.7\r\n")
+			refuse := func() {
+				t.Helper()
+				for range 3 {
+					cl.subscribe(repoA, c.token)
+					cl.expect(opText, expiredText(repoA))
+					if answer, _ := request(t, "POST", "http://"+s.addr+"/events", update(repoA, "1"), "Authorization: Token "+c.token); answer.StatusCode != 401 {
+						t.Fatal(answer.Status)
+					}
+				}
+			}
+			warnings := func(want int) {
+				t.Helper()
+				got := regexp.MustCompile(`(?m)^.*\[WARNING\] .*refused.*$`).FindAllString(s.out.String(), -1)
+				if len(got) != want || !regexp.MustCompile(c.want).MatchString(got[0]) || !strings.Contains(got[0], "203.0.113.7") {
+					t.Errorf("%d warnings %q, want %d with %s", len(got), got, want, c.want)
+				}
+			}
+			refuse()
+			warnings(1)
+			s.time.advance(59 * time.Second)
+			refuse()
+			warnings(1)
+			s.time.advance(time.Second)
+			refuse()
+			warnings(2)
+			if other := token("third key", time.Hour); c.name != "signature" { // another reason is said at once
+				cl.subscribe(repoA, other)
+				cl.expect(opText, expiredText(repoA))
+				warnings(3)
+			}
+		})
+	}
+}
+
+// ---- WebSocket ----
+
+func TestHandshake(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	for _, c := range []struct{ name, lines, protocol string }{
+		{"no header but those needed", "", ""},
+		{"Origin of the desktop client", "Origin: http://127.0.0.1\r\n", ""},
+		{"Origin of Seahub", "Origin: https://cloud.example.com:8443\r\n", ""},
+		{"Origin null", "Origin: null\r\n", ""},
+		{"Origin a bare host name", "Origin: cloud.example.com\r\n", ""},
+		{"Origin empty", "Origin: \r\n", ""},
+		{"Origin no URL", "Origin: http://[::1%zz\r\n", ""},
+		{"Sec-WebSocket-Origin", "Sec-WebSocket-Origin: %zz\r\n", ""},
+		{"ours", "Sec-WebSocket-Protocol: notification.seafile.com\r\n", "notification.seafile.com"},
+		{"ours first", "Sec-WebSocket-Protocol: notification.seafile.com, chat\r\n", "notification.seafile.com"},
+		{"ours last", "Sec-WebSocket-Protocol: chat,notification.seafile.com\r\n", "notification.seafile.com"},
+		{"ours in a second line", "Sec-WebSocket-Protocol: chat, superchat\r\nSec-WebSocket-Protocol: x , notification.seafile.com\r\n", "notification.seafile.com"},
+		{"another", "Sec-WebSocket-Protocol: chat\r\n", ""},
+		{"others", "Sec-WebSocket-Protocol: chat, superchat\r\n", ""},
+		{"nearly ours", "Sec-WebSocket-Protocol: notification.seafile.com2, xnotification.seafile.com\r\n", ""},
+		{"extensions", asBrowser, ""},
+		{"extensions and subprotocol", asBrowser + asDesktop + "Sec-WebSocket-Extensions: x-webkit-deflate-frame\r\n", "notification.seafile.com"},
+	} {
+		cl := connect(t, s.addr, c.lines)
+		got, offered := cl.reply.Header["Sec-Websocket-Protocol"]
+		if strings.Join(got, "|") != c.protocol || offered != (c.protocol != "") {
+			t.Errorf("%s: subprotocol %q, want %q", c.name, got, c.protocol)
+		}
+		if e := cl.reply.Header["Sec-Websocket-Extensions"]; e != nil {
+			t.Errorf("%s: extensions %q agreed on", c.name, e)
+		}
+		cl.sync()
+	}
+}
+
+// Another implementation of the protocol understands the server, too.
+func TestOtherClient(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	ws, err := websocket.Dial("ws://"+s.addr+"/notification", "notification.seafile.com", "http://localhost/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ws.Close()
+	ws.SetDeadline(time.Now().Add(patient))
+	if err := websocket.Message.Send(ws, fmt.Sprintf(`{"type":"subscribe","content":{"repos":[{"id":%q,"jwt_token":%q},{"id":"x"}]}}`, repoA, clientToken(repoA, "alice@example.com", later()))); err != nil {
+		t.Fatal(err)
+	}
+	var got string
+	if err := websocket.Message.Receive(ws, &got); err != nil || got != expiredText("x") {
+		t.Fatalf("got %q, %v", got, err)
+	}
 	post(t, s.addr, update(repoA, "1"), 1)
-	c.expect(opText, update(repoA, "1"))
+	if err := websocket.Message.Receive(ws, &got); err != nil || got != update(repoA, "1") {
+		t.Fatalf("got %q, %v", got, err)
+	}
+}
+
+// fragments cuts a message into frames of these sizes; the last takes the rest.
+func fragments(opcode byte, message string, sizes ...int) (frames [][]byte) {
+	for _, n := range sizes {
+		frames = append(frames, maskedFrame(opcode, []byte(message[:n])))
+		message, opcode = message[n:], opContinuation
+	}
+	return append(frames, maskedFrame(0x80|opcode, []byte(message)))
+}
+
+// However a subscribe comes, it is understood.
+func TestWaysToSend(t *testing.T) {
+	t.Parallel()
+	id := "bibliothèque-é😀"
+	message := fmt.Sprintf(`{"type":"subscribe","content":{"repos":[{"id":%q,"jwt_token":%q}]}}`, id, clientToken(id, "alice@example.com", later()))
+	padded := message + strings.Repeat(" ", 1<<20-len(message)) // exactly 1 MiB
+	rune2 := strings.Index(message, "è") + 1                    // inside of a character
+	ping := maskedFrame(0x80|opPing, []byte("between"))
+	single := make([]int, len(message)-1)
+	for i := range single {
+		single[i] = 1
+	}
+	join := func(frames ...[]byte) []byte { return bytes.Join(frames, nil) }
+	byBytes := func(frames ...[]byte) (chunks [][]byte) {
+		for _, b := range join(frames...) {
+			chunks = append(chunks, []byte{b})
+		}
+		return chunks
+	}
+	for _, c := range []struct {
+		name   string
+		writes [][]byte
+		pings  int // answered
+	}{
+		{"text", fragments(opText, message), 0},
+		{"binary", fragments(opBinary, message), 0},
+		{"two fragments", fragments(opText, message, 20), 0},
+		{"binary fragments", fragments(opBinary, message, 20, 30), 0},
+		{"a character in two fragments", fragments(opText, message, rune2), 0},
+		{"empty fragments", fragments(opText, message, 0, 0, 20, 0, len(message)-20), 0},
+		{"fragments of one byte", [][]byte{join(fragments(opText, message, single...)...)}, 0},
+		{"byte by byte", byBytes(fragments(opText, message)...), 0},
+		{"fragments byte by byte, pings between them", byBytes(fragments(opText, message, 50)[0], ping, fragments(opText, message, 50)[1]), 1},
+		{"pings between fragments", [][]byte{fragments(opText, message, 50)[0], ping, fragments(opContinuation, message[50:], 10)[0], maskedFrame(0x80|opPong, nil), ping, maskedFrame(0x80|opContinuation, []byte(message[60:]))}, 2},
+		{"all in one segment", [][]byte{join(maskedFrame(0x80|opPing, nil), maskedFrame(0x80|opPong, []byte("unsolicited")), join(fragments(opText, message, 7)...))}, -1},
+		{"unsolicited pongs", [][]byte{maskedFrame(0x80|opPong, nil), maskedFrame(0x80|opPong, bytes.Repeat([]byte("x"), 125)), maskedFrame(0x80|opText, []byte(message))}, 0},
+		{"1 MiB", fragments(opText, padded), 0},
+		{"1 MiB in fragments", fragments(opText, padded, 1, 1<<19, 0, 1<<10), 0},
+		{"1 MiB, binary", fragments(opBinary, padded, 1<<20), 0},
+		{"a length longer than needed", [][]byte{append([]byte{0x81, 0xff, 0, 0, 0, 0, 0, 0, byte(len(message) >> 8), byte(len(message)), 0, 0, 0, 0}, message...)}, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := loggedServer(t)
+			cl := connect(t, s.addr, asBrowser)
+			for _, w := range c.writes {
+				cl.write(w)
+			}
+			for range c.pings {
+				cl.expect(opPong, "between")
+			}
+			if c.pings < 0 {
+				cl.expect(opPong, "")
+			}
+			cl.sync()
+			post(t, s.addr, update(id, "1"), 1)
+			cl.expect(opText, update(id, "1"))
+		})
+	}
+}
+
+func TestPings(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	c := connect(t, s.addr, asDesktop)
+	for _, payload := range []string{"", "a", "\x00\xff\xfe", strings.Repeat("x", 125), "", ""} {
+		c.write(maskedFrame(0x80|opPing, []byte(payload)))
+		c.expect(opPong, payload)
+	}
+}
+
+// What the protocol forbids ends the connection with the status for it.
+func TestViolations(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	f := func(first byte, payload string) []byte { return maskedFrame(first, []byte(payload)) }
+	join := func(frames ...[]byte) []byte { return bytes.Join(frames, nil) }
+	closing := func(status uint16, reason string) []byte {
+		return f(0x80|opClose, string(binary.BigEndian.AppendUint16(nil, status))+reason)
+	}
+	message := `{"type":"unsubscribe","content":{"repos":[]}}`
+	big := strings.Repeat(" ", 1<<20-len(message)) + message
+	type row struct {
+		name   string
+		bytes  []byte
+		status int
+	}
+	rows := []row{
+		{"unmasked text", []byte("\x81\x02{}"), 1002},
+		{"unmasked ping", []byte("\x89\x00"), 1002},
+		{"unmasked close", []byte("\x88\x02\x03\xe8"), 1002},
+		{"unmasked, too long", []byte("\x81\x7f\x00\x00\x00\x01\x00\x00\x00\x00"), 1002},
+		{"reserved bit on a continuation", join(f(opText, message), f(0xc0, "")), 1002},
+		{"ping of 126 bytes", f(0x89, strings.Repeat("x", 126)), 1002},
+		{"pong of 126 bytes", f(0x8a, strings.Repeat("x", 126)), 1002},
+		{"close of 126 bytes", closing(1000, strings.Repeat("x", 124)), 1002},
+		{"ping that announces 2^63 bytes", []byte("\x89\xff\x80\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 1002},
+		{"fragmented ping", f(opPing, "x"), 1002},
+		{"fragmented pong", f(opPong, ""), 1002},
+		{"fragmented close", f(opClose, "\x03\xe8"), 1002},
+		{"continuation of nothing", f(0x80, message), 1002},
+		{"first fragment of nothing", f(0x00, message), 1002},
+		{"continuation behind the end", join(f(0x01, message), f(0x80, ""), f(0x80, "")), 1002},
+		{"text within a message", join(f(0x01, message), f(0x81, message)), 1002},
+		{"binary within a message", join(f(0x01, message), f(0x02, message)), 1002},
+		{"text within, after a ping", join(f(0x01, message), f(0x8a, ""), f(0x01, message)), 1002},
+		{"close of one byte", f(0x88, "\x03"), 1002},
+		{"close with a reason that is not UTF-8", closing(1000, "\xff"), 1007},
+		{"close with half a character", closing(1000, "abc\xc3"), 1007},
+		{"not UTF-8", f(0x81, "\"\xff\""), 1007},
+		{"overlong", f(0x81, "\"\xc0\x80\""), 1007},
+		{"surrogate", f(0x81, "\"\xed\xa0\x80\""), 1007},
+		{"beyond Unicode", f(0x81, "\"\xf4\x90\x80\x80\""), 1007},
+		{"half a character at the end", f(0x81, "\xc3"), 1007},
+		{"not UTF-8 in a fragment", join(f(0x01, "\""), f(0x00, "\xff"), f(0x80, "\"")), 1007},
+		{"over 1 MiB", f(0x81, big+" "), 1009},
+		{"over 1 MiB, binary", f(0x82, big+" "), 1009},
+		{"over 1 MiB in fragments", join(f(0x01, big), f(0x00, ""), f(0x80, " ")), 1009},
+		{"over 1 MiB in equal fragments", join(f(0x02, big[:1<<19]), f(0x00, big[:1<<19]), f(0x00, "x")), 1009},
+		{"over 1 MiB, announced only", []byte("\x81\xff\x00\x00\x00\x00\x00\x10\x00\x01\x00\x00\x00\x00"), 1009},
+		{"2^40 announced", []byte("\x81\xff\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 1009},
+		{"2^63-1 announced", []byte("\x82\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00"), 1009},
+		{"2^63 announced", []byte("\x81\xff\x80\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 1009},
+		{"2^63+2 announced", []byte("\x81\xff\x80\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00{}"), 1009},
+		{"2^64-1 announced", []byte("\x81\xff\xff\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00"), 1009},
+		{"2^63-1 announced for a second fragment", join(f(0x01, "{"), []byte("\x80\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00")), 1009},
+	}
+	for bit := byte(0x10); bit <= 0x40; bit <<= 1 {
+		for _, opcode := range []byte{opText, opBinary, opPing, opPong, opClose} {
+			rows = append(rows, row{fmt.Sprintf("reserved bit %#x, opcode %d", bit, opcode), f(0x80|bit|opcode, "\x03\xe8"), 1002})
+		}
+	}
+	for _, opcode := range []byte{3, 4, 5, 6, 7, 11, 12, 13, 14, 15} {
+		rows = append(rows, row{fmt.Sprintf("opcode %d", opcode), f(0x80|opcode, "x"), 1002})
+	}
+	for _, status := range []uint16{0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1999, 2000, 2999, 5000, 65535} {
+		rows = append(rows, row{fmt.Sprintf("close status %d", status), closing(status, "x"), 1002})
+	}
+	for _, text := range []string{
+		"", " ", "x", "{", message + "x", message + message, "[]", "null", "7", `"subscribe"`, `[` + message + `]`, `{}`,
+		`{"type":"ping","content":{"repos":[]}}`, `{"type":"repo-update","content":{"repo_id":"x"}}`, `{"type":"","content":{"repos":[]}}`,
+		`{"type":7,"content":{"repos":[]}}`, `{"type":null,"content":{"repos":[]}}`, `{"content":{"repos":[]}}`,
+		`{"type":"subscribe"}`, `{"type":"subscribe","content":null}`, `{"type":"subscribe","content":"x"}`, `{"type":"subscribe","content":[]}`,
+		`{"type":"subscribe","content":{}}`, `{"type":"subscribe","content":{"repos":null}}`, `{"type":"subscribe","content":{"repos":{}}}`,
+		`{"type":"subscribe","content":{"repos":"x"}}`, `{"type":"subscribe","content":{"repos":["x"]}}`, `{"type":"subscribe","content":{"repos":[7]}}`,
+		`{"type":"subscribe","content":{"repos":[null]}}`, `{"type":"subscribe","content":{"repos":[{}]}}`, `{"type":"subscribe","content":{"repos":[{"id":""}]}}`,
+		`{"type":"subscribe","content":{"repos":[{"id":7,"jwt_token":"x"}]}}`, `{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":7}]}}`,
+		`{"type":"unsubscribe","content":{}}`, `{"type":"unsubscribe","content":{"repos":[{"jwt_token":"x"}]}}`,
+		strings.Repeat("[", 100000), `{"type":"` + strings.Repeat("é", 200) + `","content":{"repos":[]}}`,
+	} {
+		rows = append(rows, row{fmt.Sprintf("message %.60q", text), f(0x81, text), 1008})
+	}
+	rows = append(rows, row{"message in binary", f(0x82, "x"), 1008})
+	for _, c := range rows {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			cl := connect(t, s.addr, asBrowser)
+			cl.t = t
+			cl.write(c.bytes)
+			if reason := cl.expectClose(c.status); reason == "" || len(reason) > 123 || !utf8.ValidString(reason) {
+				t.Errorf("the reason is %q", reason)
+			}
+		})
+	}
+}
+
+// A close is answered with the client's status, and nothing behind it counts.
+func TestCloseAnswered(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	for _, status := range []int{0, 1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 3000, 3999, 4000, 4999} {
+		t.Run(strconv.Itoa(status), func(t *testing.T) {
+			t.Parallel()
+			c := connect(t, s.addr, asBrowser).subscribed(repoA, "alice@example.com")
+			var payload []byte
+			if status != 0 {
+				payload = append(binary.BigEndian.AppendUint16(nil, uint16(status)), "bye é"...)
+			}
+			c.write(append(maskedFrame(0x80|opClose, payload), maskedFrame(0x80|opPing, []byte("behind"))...))
+			c.nc.SetReadDeadline(time.Now().Add(patient))
+			opcode, answer, err := c.read()
+			if err != nil || opcode != opClose || !bytes.Equal(answer, payload[:min(2, len(payload))]) {
+				t.Errorf("answered with frame %d % x, %v", opcode, answer, err)
+			}
+			if _, err := c.br.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("then the connection did not end: %v", err)
+			}
+		})
+	}
+}
+
+// Of what a client only announces, nothing is held.
+func TestAnnouncedBytes(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	p := startBinary(t, port, nil, "-c", writeConfig(t, port))
+	resident := func() (pages int) {
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Sscan(string(data), new(int), &pages)
+		return pages * os.Getpagesize()
+	}
+	const clients = 200
+	before := resident()
+	for range clients {
+		c := connect(t, "127.0.0.1:"+port, asBrowser)
+		c.sync()
+		c.write([]byte("\x81\xff\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00{")) // 1 MiB, of which one byte comes
+	}
+	connect(t, "127.0.0.1:"+port, asBrowser).sync()
+	if grown := resident() - before; grown > clients<<18 {
+		t.Errorf("%d clients that announced 1 MiB each take %d MiB", clients, grown>>20)
+	}
+}
+
+// ---- Life ----
+
+func TestStop(t *testing.T) {
+	t.Parallel()
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			port := freePort(t)
+			dir := writeConfig(t, port)
+			p := startBinary(t, port, nil, "-c", dir, "-l", "-")
+			addr := "127.0.0.1:" + port
+			if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.Process.Pid)); err == nil && !strings.Contains(strings.ReplaceAll(string(cmdline), "\x00", " "), "notification-server -c "+dir) {
+				t.Errorf("seafile.sh does not find %q", cmdline) // by pkill -f
+			}
+			var all []*client
+			for _, lines := range []string{asDesktop, asBrowser, asDesktop} {
+				all = append(all, connect(t, addr, lines).subscribed(repoA, "alice@example.com"))
+			}
+			post(t, addr, update(repoA, "1"), len(all)) // what was accepted comes before the end
+			connect(t, addr, asDesktop).sync()          // never answers the close
+			idle, err := net.Dial("tcp", addr)          // nor does this say anything
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer idle.Close()
+			start := time.Now()
+			p.Process.Signal(sig)
+			for _, c := range all {
+				c.expect(opText, update(repoA, "1"))
+				if reason := c.expectClose(1001); reason == "" {
+					t.Error("closed without a reason")
+				}
+			}
+			if nc, err := net.Dial("tcp", addr); err == nil {
+				nc.Close()
+				t.Error("the port still accepts connections")
+			}
+			if status, took := p.wait(), time.Since(start); status != 0 || took > 5*time.Second {
+				t.Errorf("exit %d after %v", status, took)
+			}
+			log := p.out.String()
+			checkLog(t, log, "")
+			for _, want := range []string{
+				`\[INFO\] started on 127\.0\.0\.1:` + port + `; .*` + filepath.Join(dir, "seafile.conf") + `; .*seafile\.sock`,
+				`\[INFO\] stopping.*\n.*\[INFO\] stopped`,
+			} {
+				if !regexp.MustCompile(want).MatchString(log) {
+					t.Errorf("the log lacks %s: %s", want, log)
+				}
+			}
+			again := startBinary(t, port, nil, "-c", dir) // the port is free at once
+			again.terminate()
+		})
+	}
+}
+
+// SIGUSR1 opens the log anew, as log rotation needs it.
+func TestReopenLog(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	dir := writeConfig(t, port, "log_level = debug")
+	file := filepath.Join(dir, "notification-server.log")
+	p := startBinary(t, port, nil, "-c", dir, "-l", file)
+	if err := os.Rename(file, file+".1"); err != nil {
+		t.Fatal(err)
+	}
+	p.Process.Signal(syscall.SIGUSR1)
+	waitFor(t, "the log is opened anew", func() bool { _, err := os.Stat(file); return err == nil })
+	connect(t, "127.0.0.1:"+port, asDesktop).sync()
+	p.terminate()
+	old, err1 := os.ReadFile(file + ".1")
+	text, err2 := os.ReadFile(file)
+	if err := errors.Join(err1, err2); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(old), "started on") || strings.Contains(string(old), "stopped") || !strings.Contains(string(text), ": connected") || !strings.Contains(string(text), "] stopped") {
+		t.Errorf("before: %q, after: %q", old, text)
+	}
+	if out := p.out.String(); out != "" {
+		t.Errorf("standard error: %q", out)
+	}
+	checkLog(t, string(old)+string(text), "")
+}
+
+// The log has the local time of the machine.
+func TestLogTime(t *testing.T) {
+	t.Parallel()
+	// A time zone of its own, 9 h 7 min east of Greenwich (RFC 9636, version 1).
+	zone := append([]byte("TZif"), make([]byte, 40)...)
+	zone[39], zone[43] = 1, 4 // one type of local time, 4 characters
+	zone = append(binary.BigEndian.AppendUint32(zone, 9*3600+7*60), "\x00\x00TST\x00"...)
+	dir := confDir(t, "[notification]\nenabled = false\n")
+	file := filepath.Join(dir, "zone")
+	if err := os.WriteFile(file, zone, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, _, log := runOnce(t, []string{"TZ=:" + file}, "-c", dir)
+	got, err := time.ParseInLocation("[2006-01-02 15:04:05]", log[:min(21, len(log))], time.FixedZone("", 9*3600+7*60))
+	if d := time.Since(got); err != nil || d < -2*time.Second || d > time.Minute {
+		t.Errorf("log %q is off by %v, %v", log, d, err)
+	}
+}
+
+// At debug level the log has connections, subscriptions and messages, with user,
+// address and content, and what comes from outside cannot forge a line.
+func TestDebugLog(t *testing.T) {
+	t.Parallel()
+	s := loggedServer(t)
+	c := connect(t, s.addr, asDesktop+"X-Forwarded-For: 203.0.113.7, \"10.0.0.1\x80\r\n")
+	addr := regexp.QuoteMeta(c.nc.LocalAddr().String()) + ` for "203\.0\.113\.7, \\"10\.0\.0\.1\\x80"`
+	forged := "x\n[2026-01-01 00:00:00] [ERROR] forged"
+	c.subscribed(repoA, "alice@example.com\n"+forged).subscribed(forged, "bob@example.com")
+	post(t, s.addr, update(repoA, "a1"), 1)
+	c.expect(opText, update(repoA, "a1"))
+	c.subscribe(forged, "x.y."+forged)
+	c.read()
+	c.text(`{"type":"unsubscribe","content":{"repos":[{"id":"` + repoA + `"}]}}`)
+	quoted, _ := json.Marshal(forged + "\x1b[2J")
+	request(t, "POST", "http://"+s.addr+"/events", fmt.Sprintf(`{"type":%s,"content":{"repo_id":"x"}}`, quoted), "Authorization: Token "+eventToken(later()))
+	quoted, _ = json.Marshal(forged)
+	request(t, "POST", "http://"+s.addr+"/events", fmt.Sprintf(`{"type":"folder-perm-changed","content":{"repo_id":%s,"type":"group","group":1}}`, quoted), "Authorization: Token "+eventToken(later()))
+	c.expectClose(1012)
+	direct := connect(t, s.addr, asBrowser)
+	direct.nc.Close()
+	waitFor(t, "both left", func() bool { return strings.Count(s.out.String(), ": disconnected") == 2 })
+	log := s.out.String()
+	for _, want := range []string{
+		`\[DEBUG\] ` + addr + `: connected`,
+		`\[DEBUG\] ` + addr + `: subscribed to "` + repoA + `", user "alice@example\.com\\n`,
+		`\[DEBUG\] to ` + addr + `, user "alice@example\.com\\n.*": ` + regexp.QuoteMeta(update(repoA, "a1")),
+		`\[DEBUG\] ` + addr + `: unsubscribed from "` + repoA + `"`,
+		`\[DEBUG\] ` + addr + `: disconnected`,
+		`\[DEBUG\] ` + regexp.QuoteMeta(direct.nc.LocalAddr().String()) + `: connected`,
+		`\[WARNING\] a request from .*unknown type "x\\n`,
+		`\[WARNING\] a request from .*library "x\\n`,
+	} {
+		if !regexp.MustCompile(want).MatchString(log) {
+			t.Errorf("the log lacks %s", want)
+		}
+	}
+	if strings.Contains(log, "\n[2026-01-01 00:00:00]") || strings.Contains(log, "\x1b") || strings.Contains(log, "\r") || strings.Contains(log, "\x80") {
+		t.Error("text from outside is not quoted")
+	}
+	if t.Failed() {
+		t.Log(log)
+	}
+}
+
+// ---- Fuzzing ----
+
+// foldedFields returns the values of an object's fields, by name in any case,
+// as encoding/json matches them; where one is there twice, both.
+func foldedFields(text []byte, name string) (values []json.RawMessage) {
+	dec := json.NewDecoder(bytes.NewReader(text))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return nil
+	}
+	for dec.More() {
+		key, err := dec.Token()
+		var value json.RawMessage
+		if err != nil || dec.Decode(&value) != nil {
+			return nil
+		}
+		if s, ok := key.(string); ok && strings.EqualFold(s, name) {
+			values = append(values, value)
+		}
+	}
+	return values
+}
+
+// sameJSON reports whether two texts mean the same, numbers by their digits.
+func sameJSON(a, b []byte) bool {
+	decode := func(text []byte) (v any) {
+		dec := json.NewDecoder(bytes.NewReader(text))
+		dec.UseNumber()
+		if dec.Decode(&v) != nil {
+			return errors.New("not JSON")
+		}
+		return v
+	}
+	return reflect.DeepEqual(decode(a), decode(b))
+}
+
+// FuzzToken: a token is accepted only if a check written on its own accepts it.
+func FuzzToken(f *testing.F) {
+	for _, token := range []string{capturedC, capturedGo, capturedClient, capturedSeahub, capturedLibrary, capturedHS512} {
+		parts := strings.Split(token, ".")
+		header, _ := base64.RawURLEncoding.DecodeString(parts[0])
+		claims, _ := base64.RawURLEncoding.DecodeString(parts[1])
+		f.Add(string(header), string(claims), token)
+	}
+	f.Add(`{"alg":"none"}`, `{"exp":4102444800,"nbf":1}`, "..")
+	f.Add(`{"ALG":"HS256","alg":null}`, `{"exp":"1","EXP":4e9}`, "a.b.c=\n")
+	s := startServer(f)
+	const now = capturedEnd - 1
+	s.time.setWall(now)
+	check := func(t *testing.T, token string) {
+		cl, refused := s.verify(token)
+		if refused != nil {
+			if cl != (claims{}) || refused.Error() == "" {
+				t.Fatalf("%q: refused with claims %+v, text %q", token, cl, refused.Error())
+			}
+			return
+		}
+		if !regexp.MustCompile(`^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{43}\z`).MatchString(token) {
+			t.Fatalf("%q: accepted in this form", token)
+		}
+		i := strings.LastIndexByte(token, '.')
+		head, body, _ := strings.Cut(token[:i], ".")
+		mac := hmac.New(sha256.New, []byte(testKey))
+		mac.Write([]byte(token[:i]))
+		if token[i+1:] != base64.RawURLEncoding.EncodeToString(mac.Sum(nil)) {
+			t.Fatalf("%q: accepted without our signature", token)
+		}
+		some := func(part, name string, ok func(v any) bool) bool {
+			text, err := base64.RawURLEncoding.DecodeString(part)
+			for _, value := range foldedFields(text, name) {
+				var v any
+				if err == nil && json.Valid(text) && json.Unmarshal(value, &v) == nil && ok(v) {
+					return true
+				}
+			}
+			return false
+		}
+		if !some(head, "alg", func(v any) bool { return v == "HS256" }) {
+			t.Fatalf("%q: accepted without alg HS256", token)
+		}
+		if !some(body, "exp", func(v any) bool { n, ok := v.(float64); return ok && n > now && !math.IsInf(n, 0) }) {
+			t.Fatalf("%q: accepted though expired", token)
+		}
+		if cl.RepoID != "" && !some(body, "repo_id", func(v any) bool { return v == cl.RepoID }) || cl.Username != "" && !some(body, "username", func(v any) bool { return v == cl.Username }) {
+			t.Fatalf("%q: claims %+v", token, cl)
+		}
+		if some(body, "nbf", func(any) bool { return true }) && !some(body, "nbf", func(v any) bool { n, ok := v.(float64); return v == nil || ok && n <= now }) {
+			t.Fatalf("%q: accepted too early", token)
+		}
+	}
+	f.Fuzz(func(t *testing.T, header, claims, token string) {
+		check(t, token)
+		check(t, signToken(testKey, header, claims))
+		check(t, signToken(token, header, claims)) // with another key, unless it is ours
+		good := signToken(testKey, header, `{"exp":4102444800}`)
+		if i := len(token) % len(good); len(token) > 0 && good[i] != token[0] { // a byte changed
+			check(t, good[:i]+token[:1]+good[i+1:])
+		}
+	})
+}
+
+// FuzzConfig: a value is what stands behind the first "=", and an error names
+// its line but does not show it.
+func FuzzConfig(f *testing.F) {
+	f.Add(manualSection, "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F")
+	f.Add("\ufeff[database]\r\nx\r\n[notification]\r\nport=1\r\n", " a#b;c=\"d\" ")
+	f.Add("[notification]\nport", "=")
+	f.Add("[notification\nx=y", "[x]")
+	f.Fuzz(func(t *testing.T, text, value string) {
+		lines := strings.Split(strings.TrimPrefix(text, "\ufeff"), "\n")
+		settings, err := parseConfig("f", text)
+		if err != nil {
+			m := regexp.MustCompile(`^f:(\d+): (.+)$`).FindStringSubmatch(err.Error())
+			n := 0
+			if m != nil {
+				n, _ = strconv.Atoi(m[1])
+			}
+			if n < 1 || n > len(lines) {
+				t.Fatalf("%q: %v, %v", text, err, settings)
+			}
+			if line := strings.TrimSpace(lines[n-1]); len(line) > 30 && strings.Contains(err.Error(), line) {
+				t.Fatalf("%q: the error shows the line: %v", text, err)
+			}
+			return
+		}
+		for key, s := range settings {
+			n, err := strconv.Atoi(strings.TrimPrefix(s.where, "f:"))
+			if err != nil || n < 1 || n > len(lines) {
+				t.Fatalf("%q: %q is said to stand at %s", text, key, s.where)
+			}
+			before, behind, found := strings.Cut(lines[n-1], "=")
+			if !found || strings.TrimSpace(before) != key || strings.TrimSpace(behind) != s.value {
+				t.Fatalf("%q: line %d gives %q = %q", text, n, key, s.value)
+			}
+		}
+		if strings.Contains(value, "\n") {
+			return
+		}
+		settings, err = parseConfig("f", text+"\n[notification]\njwt_private_key = "+value+"\n[x]\njwt_private_key = z")
+		if got := settings["jwt_private_key"].value; err != nil || got != strings.TrimSpace(value) {
+			t.Fatalf("%q: value %q, %v; want %q", text, got, err, value)
+		}
+	})
+}
+
+// FuzzEvent: what is accepted goes out as compact JSON that means what was posted.
+func FuzzEvent(f *testing.F) {
+	f.Add([]byte(capturedUpdate))
+	f.Add([]byte(lockPosted(repoA, "/a")))
+	f.Add([]byte(permEvent("user", "bob@example.com", "-1")))
+	f.Add([]byte(permEvent("group", "", "1")))
+	f.Add([]byte(`{"type":"comment-update","content":{"repo_id":"x","type":"comment_updated","file_uuid":"u","file_path":"/<é\u2028"}}`))
+	f.Add([]byte(` {"content":null,"CONTENT" : {"repo_id":"x", "n":1.0e0} ,"Type":"repo-update"} `))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		ev, err := parseEvent(body)
+		if err != nil {
+			if ev != nil || err.Error() == "" || strings.Contains(err.Error(), "\n") {
+				t.Fatalf("%q: %+v, %q", body, ev, err)
+			}
+			return
+		}
+		var compact bytes.Buffer
+		if err := json.Compact(&compact, ev.text); err != nil || !bytes.Equal(compact.Bytes(), ev.text) || !utf8.Valid(ev.text) {
+			t.Fatalf("%q: the frame is %q, %v", body, ev.text, err)
+		}
+		var out struct {
+			Type    string          `json:"type"`
+			Content json.RawMessage `json:"content"`
+		}
+		dec := json.NewDecoder(bytes.NewReader(ev.text))
+		dec.DisallowUnknownFields()
+		if err := dec.Decode(&out); err != nil || out.Type != ev.kind || !strings.HasPrefix(string(ev.text), `{"type":"`+ev.kind+`","content":{`) {
+			t.Fatalf("%q: the frame is %q, %v", body, ev.text, err)
+		}
+		posted := foldedFields(body, "content")
+		if len(posted) == 0 || !sameJSON(out.Content, posted[len(posted)-1]) {
+			t.Fatalf("%q: the content is %q", body, out.Content)
+		}
+		known := map[string]bool{"repo-update": true, "file-lock-changed": true, "folder-perm-changed": true, "comment-update": true}
+		if !json.Valid(body) || ev.repoID == "" || !known[ev.kind] || (ev.kind == "folder-perm-changed") != (ev.user != "" || ev.group != nil) || ev.user != "" && ev.group != nil {
+			t.Fatalf("%q: accepted as %+v", body, ev)
+		}
+	})
+}
+
+// FuzzReply: members are those that a whole reply without an error names.
+func FuzzReply(f *testing.F) {
+	for _, reply := range []string{capturedMembers, capturedNull, capturedNoFunction, capturedNoService, capturedMembers[:40], "\xff\xff\xff\xff{}", "\x02\x00\x00\x00{}"} {
+		f.Add([]byte(reply))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		members, err := readMembers(bytes.NewReader(data))
+		if err != nil {
+			if members != nil {
+				t.Fatalf("%q: members %v with error %v", data, members, err)
+			}
+			return
+		}
+		size := int(binary.LittleEndian.Uint32(data))
+		text := data[4 : 4+size]
+		ret := foldedFields(text, "ret")
+		if members == nil || len(ret) == 0 || !json.Valid(text) {
+			t.Fatalf("%q: members %v", data, members)
+		}
+		for name := range members {
+			if quoted, _ := json.Marshal(name); name == "" || !bytes.Contains(text, quoted) && !bytes.ContainsAny(text, "\\<>&\x7f\u2028\u2029\ufffd") && utf8.Valid(text) {
+				t.Fatalf("%q: who is %q?", data, name)
+			}
+		}
+	})
+}
+
+// A fuzzedServer has a healthy client beside the fuzzed ones.
+type fuzzedServer struct {
+	*testServer
+	neighbour *client
+	events    int
+}
+
+func startFuzzedServer(f *testing.F) *fuzzedServer {
+	s := &fuzzedServer{testServer: startServer(f)}
+	s.neighbour = connect(f, s.addr, asBrowser).subscribed(repoB, "healthy@example.com")
+	return s
+}
+
+// healthy checks that the neighbour still gets events, and nothing else.
+func (s *fuzzedServer) healthy(t *testing.T) {
+	t.Helper()
+	s.out.mu.Lock()
+	s.out.buf.Reset() // it would grow all the time
+	s.out.mu.Unlock()
+	s.events++
+	e := lockPosted(repoB, strconv.Itoa(s.events))
+	s.neighbour.t = t
+	s.neighbour.nc.SetDeadline(time.Now().Add(patient))
+	post(t, s.addr, e, 1)
+	s.neighbour.expect(opText, e)
+	s.neighbour.sync()
+}
+
+// FuzzClientMessage: a message is either carried out, each refused library being
+// told, or it ends that connection with 1007 or 1008 and a reason.
+func FuzzClientMessage(f *testing.F) {
+	f.Add([]byte(capturedMessage))
+	f.Add([]byte(`{"type":"subscribe","content":{"repos":[{"id":"` + repoA + `","jwt_token":"` + capturedLibrary + `"},{"id":"x\n","jwt_token":"x"}]}}`))
+	f.Add([]byte(`{"type":"unsubscribe","content":{"repos":[{"id":"` + repoA + `"}]}}`))
+	f.Add([]byte(`{"type":"subscribe","content":{"repos":null}}`))
+	f.Add([]byte("{\"type\":\"\xff\"}"))
+	s := startFuzzedServer(f)
+	f.Fuzz(func(t *testing.T, message []byte) {
+		c := connect(t, s.addr, asBrowser)
+		defer c.nc.Close()
+		c.nc.SetReadDeadline(time.Now().Add(patient))
+		c.text(string(message))
+		c.write(maskedFrame(0x80|opPing, []byte("done")))
+		told := 0
+		for done := false; !done; {
+			opcode, payload, err := c.read()
+			if err != nil {
+				t.Fatalf("%q: %v", message, err)
+			}
+			switch opcode {
+			case opText:
+				var m struct {
+					Type    string `json:"type"`
+					Content struct {
+						RepoID string `json:"repo_id"`
+					} `json:"content"`
+				}
+				if told++; json.Unmarshal(payload, &m) != nil || m.Type != "jwt-expired" || m.Content.RepoID == "" {
+					t.Fatalf("%q: answered %q", message, payload)
+				}
+			case opPong:
+				if done = true; !json.Valid(message) || !utf8.Valid(message) || told > bytes.Count(message, []byte("{")) {
+					t.Fatalf("%q: accepted, with %d answers", message, told)
+				}
+			case opClose:
+				status := binary.BigEndian.Uint16(payload)
+				if want := uint16(1008); !utf8.Valid(message) && status != 1007 || utf8.Valid(message) && status != want || len(payload) < 3 {
+					t.Fatalf("%q: closed with %d %q", message, status, payload[2:])
+				}
+				done = true
+			default:
+				t.Fatalf("%q: frame %d %q", message, opcode, payload)
+			}
+		}
+		s.healthy(t)
+	})
+}
+
+// FuzzFrames: whatever a client sends, before or after the upgrade, its
+// connection ends when it has sent all, each answer is well-formed, and its
+// neighbour notices nothing.
+func FuzzFrames(f *testing.F) {
+	segment := capturedSegment(f)
+	f.Add(true, segment)
+	f.Add(true, segment[:100])
+	f.Add(true, []byte("\x81\xff\x80\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"))
+	f.Add(true, []byte("\x81\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00"))
+	f.Add(true, []byte("\x01\x81\x00\x00\x00\x00{\x89\x80\x00\x00\x00\x00\x80\x81\x00\x00\x00\x00}"))
+	f.Add(true, []byte("\x88\x82\x00\x00\x00\x00\x03\xe8\x89\x00"))
+	f.Add(true, []byte("\xff\x7f"))
+	f.Add(true, []byte{})
+	f.Add(false, []byte(crlf(upgradeBehindNginx)+string(segment)))
+	f.Add(false, []byte(crlf(upgradeDirect)))
+	f.Add(false, []byte(crlf(eventFromC)))
+	f.Add(false, []byte("GET /ping HTTP/1.0\r\n\r\n"))
+	f.Add(false, []byte("\x16\x03\x01\x02\x00\x01"))
+	s := startFuzzedServer(f)
+	f.Fuzz(func(t *testing.T, upgraded bool, data []byte) {
+		var c *client
+		if upgraded {
+			c = connect(t, s.addr, asBrowser)
+		} else {
+			c = rawConn(t, s.addr)
+		}
+		defer c.nc.Close()
+		c.write(data)
+		c.nc.(*net.TCPConn).CloseWrite()
+		c.nc.SetReadDeadline(time.Now().Add(patient))
+		for end := false; !end; {
+			var opcode byte
+			var payload []byte
+			var err error
+			if upgraded {
+				opcode, payload, err = c.read()
+			} else {
+				_, err = io.Copy(io.Discard, c.br)
+			}
+			switch {
+			case errors.Is(err, os.ErrDeadlineExceeded):
+				t.Fatalf("%q: the connection does not end", data)
+			case !upgraded || err == io.EOF || errors.Is(err, syscall.ECONNRESET): // what was sent behind an error is not read
+				end = true
+			case err != nil || opcode != opText && opcode != opPong && opcode != opClose:
+				t.Fatalf("%q: answered with frame %d %q, %v", data, opcode, payload, err)
+			}
+		}
+		s.healthy(t)
+	})
+}
+
+// rawConn is a connection on which nothing was sent yet.
+func rawConn(t testing.TB, addr string) *client {
+	t.Helper()
+	nc, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { nc.Close() })
+	return &client{t: t, nc: nc, br: bufio.NewReader(nc)}
+}
+
+// ---- Slow and dead clients, floods, faults, metrics ----
+
+// ---- faultyClock: takes the place of the harness's stub ----
+
+// faultyClock is the clock of a server that a test started with startSelf. The
+// file named fault tells what ails it: a duration by which the time of day is
+// off, or "panic", upon which the next look at the clock panics, once, unless it
+// is the main loop that looks.
+func faultyClock(fault string) clock {
+	start := time.Now()
+	wall := func() time.Time {
+		text, _ := os.ReadFile(fault)
+		if string(text) == "panic" && !bytes.Contains(debug.Stack(), []byte(".run(")) && os.Remove(fault) == nil {
+			panic("the clock is broken")
+		}
+		offset, _ := time.ParseDuration(string(text))
+		return time.Now().Add(offset)
+	}
+	return clock{wall: wall, uptime: func() time.Duration { return time.Since(start) }}
+}
+
+// startSelf starts this test binary as a server on port with a faultyClock, and
+// waits until it answers.
+func startSelf(t testing.TB, fault, port string, args ...string) *process {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, []string{"TEST_CLOCK=" + fault}, self, args...)
+	p.waitPing("127.0.0.1:" + port)
+	return p
+}
+
+// setFault writes the file of a faultyClock, which must never be seen half written.
+func setFault(t testing.TB, fault, text string) {
+	t.Helper()
+	if err := os.WriteFile(fault+".new", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(fault+".new", fault); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// ---- What the tests of faults and floods share ----
+
+// underRace tells that this binary was built with -race, which takes ten times
+// the CPU: the big tests then do less.
+var underRace = sync.OnceValue(func() bool {
+	info, _ := debug.ReadBuildInfo()
+	for _, s := range info.Settings {
+		if s.Key == "-race" {
+			return s.Value == "true"
+		}
+	}
+	return false
+})
+
+// howMany is n, or few under -race, or what TEST_FLOOD says, for a trial by hand.
+func howMany(n, few int) int {
+	if byHand, err := strconv.Atoi(os.Getenv("TEST_FLOOD")); err == nil {
+		return byHand
+	}
+	if underRace() {
+		return few
+	}
+	return n
+}
+
+// raceFactor multiplies what may take long or much.
+func raceFactor() float64 {
+	if underRace() {
+		return 10
+	}
+	return 1
+}
+
+var portsGiven atomic.Int64
+
+// steadyPort returns a free port of 127.0.0.1 that no outgoing connection is given,
+// so that a server can take it again, however many clients come and go meanwhile.
+func steadyPort(t testing.TB) string {
+	t.Helper()
+	for range 1000 {
+		port := fmt.Sprint(12000 + (int64(os.Getpid())*101+portsGiven.Add(1))%20000)
+		if ln, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			ln.Close()
+			return port
+		}
+	}
+	t.Fatal("no port is free")
+	return ""
+}
+
+// A metered is the real binary, with metrics.
+type metered struct {
+	*process
+	addr, dir string
+	metrics   string // its address
+}
+
+// startMetered starts the real binary with metrics, and with a limit of open
+// files where one is given.
+func startMetered(t testing.TB, files int, args ...string) *metered {
+	t.Helper()
+	port, metrics := steadyPort(t), "127.0.0.1:"+steadyPort(t)
+	m := &metered{addr: "127.0.0.1:" + port, metrics: metrics, dir: writeConfig(t, port, "metrics = "+metrics)}
+	args = append([]string{"-c", m.dir}, args...)
+	t.Cleanup(func() { // the detector of races in the server can only write
+		if m.process != nil && strings.Contains(m.out.String(), "DATA RACE") {
+			t.Error("the server has a data race")
+		}
+	})
+	if files == 0 {
+		m.process = startBinary(t, port, nil, args...)
+		return m
+	}
+	m.process = start(t, nil, "sh", append([]string{"-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, files), buildBinary(t)}, args...)...)
+	m.waitPing(m.addr)
+	return m
+}
+
+// scrape returns the metrics by their name with its labels.
+func scrape(t testing.TB, addr string) map[string]float64 {
+	t.Helper()
+	answer, text := request(t, "GET", "http://"+addr+"/metrics", "")
+	if answer.StatusCode != http.StatusOK {
+		t.Fatalf("/metrics answers %s", answer.Status)
+	}
+	values := map[string]float64{}
+	for line := range strings.Lines(text) {
+		if name, value, found := strings.Cut(strings.TrimSpace(line), " "); found && name != "#" {
+			number, err := strconv.ParseFloat(value, 64)
+			if err != nil {
+				t.Fatalf("a metric without a number: %q", line)
+			}
+			values[strings.TrimPrefix(name, "seafile_notification_")] = number
+		}
+	}
+	return values
+}
+
+// A footprint is what a server takes of its machine.
+type footprint struct{ goroutines, files, connections, subscriptions, mib float64 }
+
+func (m *metered) footprint() footprint {
+	m.t.Helper()
+	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", m.Process.Pid))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	v := scrape(m.t, m.metrics)
+	return footprint{v["go_goroutines"], float64(len(files)), v["connections"], v["subscriptions"], v["process_resident_memory_bytes"] / (1 << 20)}
+}
+
+func (f footprint) String() string {
+	return fmt.Sprintf("%.0f goroutines, %.0f files, %.0f connections, %.1f MiB", f.goroutines, f.files, f.connections, f.mib)
+}
+
+// returnsTo waits until the server takes no more than it did before, but for a
+// few pooled connections, and for the given MiB, which are the runtime's slack.
+func (m *metered) returnsTo(before footprint, slack float64) {
+	m.t.Helper()
+	now := before
+	for end := time.Now().Add(2 * patient); ; time.Sleep(50 * time.Millisecond) {
+		now = m.footprint()
+		if now.goroutines <= before.goroutines+4 && now.files <= before.files+4 && now.connections <= before.connections && now.subscriptions <= before.subscriptions && now.mib <= before.mib+slack*raceFactor() {
+			return
+		}
+		if time.Now().After(end) {
+			m.t.Fatalf("after the flood there are %v; before it %v", now, before)
+		}
+	}
+}
+
+// numbered is an event of size bytes that no other takes the place of.
+func numbered(repoID string, n, size int) string {
+	text := fmt.Sprintf(`{"type":"file-lock-changed","content":{"repo_id":%q,"path":"/%06d","change_event":"locked","lock_user":""}}`, repoID, n)
+	return text[:len(text)-3] + strings.Repeat("u", max(size-len(text), 0)) + text[len(text)-3:]
+}
+
+// numberOf tells which of the numbered events this is, or -1.
+func numberOf(text []byte) int {
+	_, after, _ := bytes.Cut(text, []byte(`"path":"/`))
+	n, err := strconv.Atoi(string(after[:min(6, len(after))]))
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+// subscribers posts an event, which must be accepted, and returns for how many.
+func subscribers(t testing.TB, addr, body string) (n int) {
+	t.Helper()
+	answer, text := request(t, "POST", "http://"+addr+"/events", body, "Authorization: Token "+eventToken(later()))
+	if _, err := fmt.Sscanf(text, `{"subscribers":%d}`, &n); err != nil || answer.StatusCode != 200 {
+		t.Fatalf("event answered %d %q", answer.StatusCode, text)
+	}
+	return n
+}
+
+// nextTo runs flood, and posts events as long as it lasts, all of which a healthy
+// client next to it must get. It returns how long the slowest took.
+func nextTo(t testing.TB, addr string, flood func()) (slowest time.Duration) {
+	t.Helper()
+	healthy := connect(t, addr, asDesktop).subscribed(repoA, "healthy@example.com")
+	done := make(chan bool)
+	go func() { defer close(done); flood() }()
+	for n, going := 0, true; going; n++ {
+		select {
+		case <-done:
+			going = false // and one event more
+		case <-time.After(20 * time.Millisecond):
+		}
+		event, posted := numbered(repoA, n, 0), time.Now()
+		post(t, addr, event, 1)
+		healthy.nc.SetDeadline(time.Now().Add(patient))
+		healthy.expect(opText, event)
+		slowest = max(slowest, time.Since(posted))
+		healthy.sync()
+	}
+	healthy.write(maskedFrame(0x80|opClose, nil))
+	healthy.expectClose(statusNo)
+	return slowest
+}
+
+// ---- Slow clients ----
+
+// A narrowListener takes connections for which the kernel buffers little, so
+// that few events make a client slow.
+type narrowListener struct{ net.Listener }
+
+func (l narrowListener) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if err == nil {
+		err = nc.(*net.TCPConn).SetWriteBuffer(4 << 10)
+	}
+	return nc, err
+}
+
+// narrow returns another address of the server, for slow clients.
+func narrow(s *testServer) string {
+	s.t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	go s.http.Serve(narrowListener{ln})
+	return ln.Addr().String()
+}
+
+// readNumbered reads numbered events, which must come without a gap from the
+// first on, until something else comes. It returns how many came, and that.
+func (c *client) readNumbered() (n int, opcode byte, payload []byte, err error) {
+	c.t.Helper()
+	c.nc.SetReadDeadline(time.Now().Add(patient))
+	for ; ; n++ {
+		if opcode, payload, err = c.read(); err != nil || opcode != opText {
+			return n, opcode, payload, err
+		}
+		if got := numberOf(payload); got != n {
+			c.t.Fatalf("event %d came where %d was due", got, n)
+		}
+	}
+}
+
+func TestOutboxIsBounded(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name    string
+		size    int // of each event
+		waiting int // when the outbox is full, besides the one being written
+		told    bool
+	}{
+		{"1,024 messages", 200, 1023, true},
+		{"1 MiB", 16 << 10, 62, true}, // 63 frames of 16 KiB and their headers
+		{"client that does not even read that it is closed", 16 << 10, 62, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t)
+			slow := connect(t, narrow(s), asBrowser).subscribed(repoA, "slow@example.com")
+			swift := connect(t, s.addr, asBrowser).subscribed(repoA, "swift@example.com")
+			accepted := 0
+			for ; accepted < 10000; accepted++ {
+				event := numbered(repoA, accepted, tc.size)
+				n := subscribers(t, s.addr, event)
+				swift.expect(opText, event)
+				if n == 1 {
+					break
+				}
+			}
+			if !tc.told {
+				waitFor(t, "the slow client is let go", func() bool { return s.clients.Load() == 1 })
+			}
+			got, opcode, payload, err := slow.readNumbered()
+			switch {
+			case !tc.told && (err == nil && opcode != opClose || got == 0 || got > accepted-tc.waiting):
+				t.Errorf("of %d events the client got %d and then frame %d %q, %v", accepted, got, opcode, payload, err)
+			case tc.told && (opcode != opClose || len(payload) < 2 || binary.BigEndian.Uint16(payload) != statusTryLater || string(payload[2:]) != "too slow"):
+				t.Errorf("after %d events came frame %d %q, %v", got, opcode, payload, err)
+			case tc.told && accepted-got != tc.waiting:
+				t.Errorf("%d events were accepted, and %d delivered; want %d less", accepted, got, tc.waiting)
+			}
+			if want := slow.nc.LocalAddr().String() + ": closed, since its outbox is full: the client, or the network to it, is too slow"; !strings.Contains(s.out.String(), want) {
+				t.Errorf("the log does not say %q", want)
+			}
+			waitFor(t, "the slow client is let go", func() bool { return s.clients.Load() == 1 })
+			last := numbered(repoA, 0, 0)
+			post(t, s.addr, last, 1)
+			swift.expect(opText, last)
+		})
+	}
+}
+
+// A client that reads late, but reads, gets the newest update of each library,
+// and all that does not go out of date, and is not dropped.
+func TestNewestUpdateReplacesTheWaiting(t *testing.T) {
+	t.Parallel()
+	for _, lines := range []string{asDesktop, asBrowser} {
+		t.Run(lines[:15], func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t)
+			late := connect(t, narrow(s), lines).subscribed(repoA, "late@example.com").subscribed(repoB, "late@example.com")
+			const updates, locks = 1000, 20 // more than 1,024 messages and 1 MiB, if all were kept
+			padding := strings.Repeat("c", 900)
+			for n := range updates {
+				post(t, s.addr, update(repoA, fmt.Sprintf("%06d%s", n, padding)), 1)
+				post(t, s.addr, update(repoB, fmt.Sprintf("%06d%s", n, padding)), 1)
+				if n%(updates/locks) == 0 {
+					post(t, s.addr, numbered(repoA, n/(updates/locks), 2000), 1)
+				}
+			}
+			late.nc.SetReadDeadline(time.Now().Add(patient))
+			newest, lock, frames := map[string]int{repoA: -1, repoB: -1}, 0, 0
+			for ; newest[repoA] < updates-1 || newest[repoB] < updates-1 || lock < locks; frames++ {
+				opcode, payload, err := late.read()
+				var m struct {
+					Content struct{ Repo_ID, Commit_ID string }
+				}
+				if err != nil || opcode != opText || json.Unmarshal(payload, &m) != nil {
+					t.Fatalf("after %d frames: frame %d %.200q, %v; so far %v, %d locks", frames, opcode, payload, err, newest, lock)
+				}
+				if got := numberOf(payload); got >= 0 {
+					if got != lock {
+						t.Fatalf("lock %d came where %d was due", got, lock)
+					}
+					lock++
+					continue
+				}
+				n, err := strconv.Atoi(m.Content.Commit_ID[:6])
+				if err != nil || n <= newest[m.Content.Repo_ID] {
+					t.Fatalf("update %d came after %d", n, newest[m.Content.Repo_ID])
+				}
+				newest[m.Content.Repo_ID] = n
+			}
+			if frames > updates {
+				t.Errorf("%d of %d updates came, so none was replaced", frames, 2*updates)
+			}
+			post(t, s.addr, update(repoA, "last"), 1)
+			late.expect(opText, update(repoA, "last"))
+		})
+	}
+}
+
+func TestStuckClientIsClosed(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	addr := narrow(s)
+	stuck := connect(t, addr, asBrowser).subscribed(repoA, "stuck@example.com")
+	slow := connect(t, addr, asBrowser).subscribed(repoA, "slow@example.com")
+	const events = 60 // of 16 KiB: less than the outbox holds, more than the kernel does
+	for n := range events {
+		post(t, s.addr, numbered(repoA, n, 16<<10), 2)
+	}
+	s.time.advance(writeWait - time.Second)
+	s.sweep()
+	if n := subscribers(t, s.addr, numbered(repoA, events, 0)); n != 2 {
+		t.Fatalf("%d of 2 clients are left before %v", n, writeWait)
+	}
+	for n := range events / 2 { // more than the kernel holds: so something was written now
+		slow.expect(opText, numbered(repoA, n, 16<<10))
+	}
+	s.time.advance(time.Second)
+	s.sweep()
+	waitFor(t, "the stuck client is let go", func() bool { return s.clients.Load() == 1 })
+	post(t, s.addr, numbered(repoA, events+1, 0), 1)
+	want := stuck.nc.LocalAddr().String() + ": closed, since nothing could be written for 20s: the client, or the network to it, is stuck"
+	if log := s.out.String(); !strings.Contains(log, want) || strings.Contains(log, slow.nc.LocalAddr().String()+": closed") {
+		t.Errorf("the log must say %q, and nothing like it of the slow client", want)
+	}
+	if n, opcode, _, err := stuck.readNumbered(); err == nil || n == 0 || n > events {
+		t.Errorf("the stuck client got %d events, then frame %d, %v", n, opcode, err)
+	}
+	for n := events / 2; n < events; n++ {
+		slow.expect(opText, numbered(repoA, n, 16<<10))
+	}
+	slow.expect(opText, numbered(repoA, events, 0))
+	slow.expect(opPing, "") // it was silent, and is not dead
+	slow.expect(opText, numbered(repoA, events+1, 0))
+}
+
+// One client that does not read, among many, under 3,000 events of 16 KiB: the
+// others get all of them in order and no later than before, and the memory of the
+// server stays where it was.
+func TestOneStuckAmongMany(t *testing.T) {
+	t.Parallel()
+	s := startMetered(t, 0)
+	const size, alone = 16 << 10, 300 // the first 300 events come without the stuck client
+	clients, events := howMany(100, 10), 3000
+	if underRace() {
+		events = 1200
+	}
+	connections := make([]*client, clients)
+	for i := range connections {
+		connections[i] = connect(t, s.addr, asBrowser).subscribed(repoA, "healthy@example.com")
+	}
+	got := make(chan error, clients)
+	for _, c := range connections {
+		go func() {
+			c.nc.SetDeadline(time.Now().Add(10 * time.Minute))
+			r, buf := bufio.NewReaderSize(c.nc, 64<<10), make([]byte, 4+size) // frames of this size have a header of 4 bytes
+			for n := range events {
+				if n%20 == 0 { // who is not silent is not pinged
+					c.write(maskedFrame(0x80|opPong, nil))
+				}
+				_, err := io.ReadFull(r, buf)
+				if err == nil && (buf[0] != 0x80|opText || numberOf(buf[4:200]) != n || buf[len(buf)-1] != '}') {
+					err = fmt.Errorf("%.100q came where event %d was due", buf, n)
+				}
+				if got <- err; err != nil {
+					return
+				}
+			}
+		}()
+	}
+	var stuck *client
+	var latency [2]time.Duration // the sum alone, and beside the stuck client
+	var memory [2]float64        // the peak of each
+	for n := range events {
+		if n == alone {
+			stuck = connect(t, s.addr, asBrowser).subscribed(repoA, "stuck@example.com")
+		}
+		phase := min(n/alone, 1)
+		posted := time.Now()
+		subscribers(t, s.addr, numbered(repoA, n, size))
+		for range clients {
+			if err := <-got; err != nil {
+				t.Fatal(err)
+			}
+		}
+		latency[phase] += time.Since(posted)
+		if n%20 == 19 {
+			memory[phase] = max(memory[phase], s.footprint().mib)
+		}
+	}
+	latency[0] /= alone
+	latency[1] /= time.Duration(events - alone)
+	t.Logf("%d clients: an event took %v on average, %v with one client stuck; memory %.1f MiB, %.1f MiB", clients, latency[0], latency[1], memory[0], memory[1])
+	if latency[1] > 3*latency[0]+10*time.Millisecond {
+		t.Errorf("an event took %v with a stuck client, %v without", latency[1], latency[0])
+	}
+	if memory[1] > memory[0]+20*raceFactor() { // 47 MiB are posted in all; the outbox holds 1
+		t.Errorf("memory grew from %.1f MiB to %.1f MiB", memory[0], memory[1])
+	}
+	if v := scrape(t, s.metrics); v["outbox_full_total"] != 1 || v[`closed_total{reason="outbox-full"}`] != 1 || v["connections"] != float64(clients) {
+		t.Errorf("one client is too slow, but the metrics say %v", v)
+	}
+	if n := strings.Count(s.out.String(), "outbox is full"); n != 1 {
+		t.Errorf("the log says %d times that an outbox is full", n)
+	}
+	// It got what came before it was closed, from the first on.
+	for n := alone; ; n++ {
+		opcode, payload, err := stuck.read()
+		if err != nil || opcode == opClose {
+			break
+		}
+		if numberOf(payload) != n {
+			t.Fatalf("the stuck client got %d where %d was due", numberOf(payload), n)
+		}
+	}
+}
+
+// ---- The desktop client's limits ----
+
+func TestDesktopGets4096Bytes(t *testing.T) {
+	t.Parallel()
+	spaced := func(event string) string { return strings.ReplaceAll(event, ":", " :\n\t ") }
+	for _, tc := range []struct {
+		name, posted, event string
+		fits                bool
+	}{
+		{"4,096 bytes", numbered(repoA, 1, 4096), numbered(repoA, 1, 4096), true},
+		{"4,096 bytes when compact", spaced(numbered(repoA, 1, 4096)), numbered(repoA, 1, 4096), true},
+		{"4,097 bytes", numbered(repoA, 1, 4097), numbered(repoA, 1, 4097), false},
+		{"update of 4,097 bytes", update(repoA, strings.Repeat("c", 4097-len(update(repoA, "")))), update(repoA, strings.Repeat("c", 4097-len(update(repoA, "")))), false},
+		{"1 MB", numbered(repoA, 1, 1e6), numbered(repoA, 1, 1e6), false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t)
+			desktop := connect(t, s.addr, asDesktop).subscribed(repoA, "alice@example.com")
+			browser := connect(t, s.addr, asBrowser).subscribed(repoA, "alice@example.com")
+			other := connect(t, s.addr, asDesktop).subscribed(repoB, "alice@example.com")
+			subscribers(t, s.addr, tc.posted)
+			browser.expect(opText, tc.event)
+			if tc.fits {
+				desktop.expect(opText, tc.event)
+				desktop.sync()
+			} else if reason := desktop.expectClose(statusRestart); reason != "an event is too long for this client" {
+				t.Errorf("closed with the reason %q", reason)
+			}
+			browser.sync()
+			other.sync()
+		})
+	}
+}
+
+func TestUpdatesAreRepeated(t *testing.T) {
+	t.Parallel()
+	type step struct {
+		after time.Duration // since the step before; the sweep runs each second of it
+		post  string        // a commit, or "" for none
+		again string        // the repeated commit that the desktop client has got in that time, or ""
+	}
+	const s = time.Second
+	for _, tc := range []struct {
+		name  string
+		steps []step
+	}{
+		{"a lone update is not repeated", []step{{0, "1", ""}, {5 * time.Minute, "", ""}}},
+		{"the second within 30 s is, once, after 4 s", []step{{0, "1", ""}, {29 * s, "2", ""}, {3 * s, "", ""}, {s, "", "2"}, {5 * time.Minute, "", ""}}},
+		{"the second after 30 s is not", []step{{0, "1", ""}, {30 * s, "2", ""}, {5 * time.Minute, "", ""}}},
+		{"only the newest is", []step{{0, "1", ""}, {s, "2", ""}, {3 * s, "3", ""}, {3 * s, "4", ""}, {3 * s, "", ""}, {s, "", "4"}, {time.Minute, "", ""}}},
+		{"the next one after a repeat is repeated again", []step{{0, "1", ""}, {s, "2", ""}, {4 * s, "", "2"}, {25 * s, "3", ""}, {4 * s, "", "3"}, {31 * s, "4", ""}, {time.Minute, "", ""}}},
+		{"after a pause it begins anew", []step{{0, "1", ""}, {s, "2", ""}, {4 * s, "", "2"}, {26 * s, "3", ""}, {time.Minute, "", ""}}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t)
+			desktop := connect(t, srv.addr, asDesktop).subscribed(repoA, "alice@example.com")
+			browser := connect(t, srv.addr, asBrowser).subscribed(repoA, "alice@example.com")
+			other := connect(t, srv.addr, asDesktop).subscribed(repoB, "alice@example.com")
+			for i, st := range tc.steps {
+				for range st.after / time.Second {
+					srv.time.advance(time.Second)
+					for _, c := range []*client{desktop, browser, other} { // as clients do, and so they are not pinged
+						c.write(maskedFrame(0x80|opPong, nil))
+					}
+					browser.sync()
+					other.sync()
+					if st.again == "" {
+						desktop.sync()
+					}
+					srv.sweep()
+				}
+				if st.again != "" {
+					desktop.nc.SetReadDeadline(time.Now().Add(patient))
+					seen := 0
+					for desktop.write(maskedFrame(0x80|opPing, []byte("end"))); ; {
+						opcode, payload, err := desktop.read()
+						if err != nil {
+							t.Fatalf("step %d: %v", i+1, err)
+						}
+						if opcode == opPong {
+							break
+						}
+						if string(payload) != update(repoA, st.again) {
+							t.Fatalf("step %d: %q was repeated", i+1, payload)
+						}
+						seen++
+					}
+					if seen != 1 {
+						t.Fatalf("step %d: update %s was repeated %d times", i+1, st.again, seen)
+					}
+				}
+				desktop.sync() // nothing else has come
+				if st.post != "" {
+					post(t, srv.addr, update(repoA, st.post), 2)
+					desktop.expect(opText, update(repoA, st.post))
+					browser.expect(opText, update(repoA, st.post))
+				}
+			}
+			// Other events are never repeated.
+			for n := range 2 {
+				post(t, srv.addr, numbered(repoB, n, 0), 1)
+				other.expect(opText, numbered(repoB, n, 0))
+			}
+			srv.time.advance(4 * time.Second)
+			srv.sweep()
+			other.sync()
+		})
+	}
+}
+
+// For 200 libraries with an update to be repeated, the real binary holds not one
+// goroutine more; and it repeats them by itself.
+func TestRepeatHoldsNoGoroutine(t *testing.T) {
+	t.Parallel()
+	s := startMetered(t, 0)
+	const libraries = 200
+	clients := make([]*client, libraries)
+	repo := func(i int) string { return fmt.Sprintf("5f1c8d0e-0000-4000-8000-%012d", i) }
+	for i := range clients {
+		clients[i] = connect(t, s.addr, asDesktop).subscribed(repo(i), "alice@example.com")
+	}
+	var before float64
+	waitFor(t, "the goroutines that upgraded the clients end", func() bool {
+		before = s.footprint().goroutines
+		return before < libraries+20
+	})
+	for _, commit := range []string{"1", "2"} {
+		for i, c := range clients {
+			post(t, s.addr, update(repo(i), commit), 1)
+			c.expect(opText, update(repo(i), commit))
+		}
+	}
+	posted := time.Now()
+	if during := s.footprint().goroutines; during > before+10 {
+		t.Errorf("%.0f goroutines before %d repeats are due, %.0f while they are", before, libraries, during)
+	}
+	for i, c := range clients {
+		c.expect(opText, update(repo(i), "2"))
+	}
+	if took := time.Since(posted); took < 3*time.Second {
+		t.Errorf("the last repeat came %v after its update, want 4 to 5 s", took)
+	}
+}
+
+// ---- Dead and idle clients ----
+
+// settle returns when the server has handled all that c sent before, and has also
+// done with writing its answers. The client may have read them before that, and
+// then, if the clock was moved on, the server would take it for stuck.
+func settle(s *testServer, c *client) {
+	s.t.Helper()
+	mark := fmt.Sprintf("settled-%d", marks.Add(1))
+	c.text(fmt.Sprintf(`{"type":"unsubscribe","content":{"repos":[{"id":%q}]}}`, mark))
+	waitFor(s.t, "the server has read "+mark, func() bool { return strings.Contains(s.out.String(), `unsubscribed from "`+mark+`"`) })
+}
+
+var marks atomic.Int64
+
+// age lets time pass, second by second.
+func age(s *testServer, d time.Duration) {
+	for range d / time.Second {
+		s.advance(time.Second)
+	}
+}
+
+func TestSilentClientIsPingedThenClosed(t *testing.T) {
+	t.Parallel()
+	for _, lines := range []string{asDesktop, asBrowser} {
+		t.Run(lines[:15], func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t)
+			silent := connect(t, s.addr, lines).subscribed(repoA, "silent@example.com")
+			settle(s, silent)
+			for second := 1; second <= 60; second++ {
+				s.time.advance(time.Second)
+				s.sweep()
+				switch second {
+				case 20, 40:
+					silent.expect(opPing, "")
+				case 59:
+					post(t, s.addr, update(repoA, "1"), 1)
+					silent.expect(opText, update(repoA, "1")) // and no ping before it
+				}
+			}
+			if reason := silent.expectClose(statusPolicy); reason != "no frame for 60 s" {
+				t.Errorf("closed with the reason %q", reason)
+			}
+			waitFor(t, "its subscription is gone", func() bool { return subscribers(t, s.addr, update(repoA, "2")) == 0 })
+			waitFor(t, "its connection is gone", func() bool { return s.clients.Load() == 0 })
+		})
+	}
+}
+
+// A client that is gone without a word does not even answer the close frame.
+func TestDeadClientIsLetGo(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	settle(s, connect(t, s.addr, asDesktop).subscribed(repoA, "dead@example.com"))
+	age(s, deadAfter)
+	waitFor(t, "its connection and subscription are gone", func() bool { return s.clients.Load() == 0 })
+	post(t, s.addr, update(repoA, "1"), 0)
+}
+
+func TestTalkingClientIsNotPinged(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name  string
+		every int // seconds
+		frame []byte
+		reply byte // opcode, or 0
+	}{
+		{"the desktop client's ping", 1, maskedFrame(0x80|opPing, nil), opPong},
+		{"a ping with a payload, just in time", 19, maskedFrame(0x80|opPing, []byte("p")), opPong},
+		{"a pong", 19, maskedFrame(0x80|opPong, nil), 0},
+		{"a subscribe", 10, maskedFrame(0x80|opText, fmt.Appendf(nil, `{"type":"subscribe","content":{"repos":[{"id":%q,"jwt_token":%q}]}}`, repoA, clientToken(repoA, "u", later()))), 0},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t)
+			c := connect(t, s.addr, asDesktop).subscribed(repoA, "alice@example.com")
+			for second := 1; second <= 200; second++ {
+				s.time.advance(time.Second)
+				if second%tc.every == 0 {
+					c.write(tc.frame)
+					c.nc.SetReadDeadline(time.Now().Add(patient))
+					if tc.reply != 0 {
+						if opcode, payload, err := c.read(); opcode != tc.reply {
+							t.Fatalf("second %d: frame %d %q, %v", second, opcode, payload, err)
+						}
+					} else {
+						c.sync()
+					}
+				}
+				s.sweep()
+			}
+			c.sync()
+		})
+	}
+	t.Run("an answered ping keeps a browser for hours", func(t *testing.T) {
+		t.Parallel()
+		s := startServer(t)
+		c := connect(t, s.addr, asBrowser).subscribed(repoA, "alice@example.com")
+		for range 3 * 180 {
+			settle(s, c) // the browser's pong
+			age(s, pingAfter)
+			c.expect(opPing, "")
+			c.write(maskedFrame(0x80|opPong, nil))
+		}
+		post(t, s.addr, update(repoA, "1"), 1)
+		c.expect(opText, update(repoA, "1"))
+	})
+}
+
+func TestNoSubscriptionForTwoMinutes(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	never := connect(t, s.addr, asBrowser)
+	never.sync()
+	left := connect(t, s.addr, asDesktop).subscribed(repoA, "left@example.com")
+	stays := connect(t, s.addr, asDesktop).subscribed(repoA, "stays@example.com")
+	talk := func(d time.Duration, clients ...*client) { // they talk, so it is not silence that closes them
+		t.Helper()
+		for range d / (10 * time.Second) {
+			s.time.advance(10 * time.Second)
+			for _, c := range clients {
+				c.sync()
+			}
+			s.sweep()
+		}
+	}
+	talk(time.Minute, never, left, stays)
+	left.text(fmt.Sprintf(`{"type":"unsubscribe","content":{"repos":[{"id":%q}]}}`, repoA))
+	left.sync()
+	talk(time.Minute, never, left, stays)
+	if reason := never.expectClose(statusPolicy); reason != "no subscription for 2 minutes" {
+		t.Errorf("closed with the reason %q", reason)
+	}
+	talk(50*time.Second, left, stays)
+	talk(10*time.Second, left, stays)
+	left.expectClose(statusPolicy)
+	talk(5*time.Minute, stays)
+	stays.sync()
+}
+
+func TestRefusedSubscriptions(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	c := connect(t, s.addr, asDesktop)
+	bad := signToken("another key", `{"alg":"HS256"}`, fmt.Sprintf(`{"exp":%d,"repo_id":%q,"username":"u"}`, later().Unix(), repoA))
+	refused := func(n int) {
+		t.Helper()
+		for range n { // one a message, as the desktop client does
+			c.subscribe(repoA, bad)
+			c.expect(opText, expiredText(repoA))
+		}
+	}
+	refused(maxRefused - 1)
+	c.subscribed(repoA, "alice@example.com") // one that holds: the count begins anew
+	refused(maxRefused - 1)
+	if log := s.out.String(); strings.Contains(log, "refused subscriptions in a row") {
+		t.Fatal("closed too early")
+	}
+	c.subscribe(repoA, bad)
+	if reason := c.expectClose(statusPolicy); reason != "too many refused subscriptions" {
+		t.Errorf("closed with the reason %q", reason)
+	}
+	want := "closed after 1000 refused subscriptions in a row; the last one: the token's signature does not match: jwt_private_key differs between here and seaf-server or Seahub, or one of them was not restarted since it changed"
+	if log := s.out.String(); !strings.Contains(log, want) {
+		t.Errorf("the log does not say %q", want)
+	} else if n := strings.Count(log, "refused: "); n != 1 {
+		t.Errorf("the log names a refused subscription %d times in a minute", n)
+	}
+	post(t, s.addr, update(repoA, "1"), 0)
+
+	// All in one message are as many.
+	c = connect(t, s.addr, asBrowser)
+	repo := fmt.Sprintf(`{"id":%q,"jwt_token":"x"},`, repoA)
+	c.text(`{"type":"subscribe","content":{"repos":[` + strings.TrimSuffix(strings.Repeat(repo, 3000), ",") + `]}}`)
+	c.expectClose(statusPolicy)
+}
+
+// Once for real: the binary, not asked to, pings a silent client, but not one that talks.
+func TestPingForReal(t *testing.T) {
+	t.Parallel()
+	s := startMetered(t, 0)
+	silent := connect(t, s.addr, asBrowser).subscribed(repoA, "silent@example.com")
+	since := time.Now()
+	talking := connect(t, s.addr, asDesktop).subscribed(repoA, "talking@example.com")
+	stop := make(chan bool)
+	talked := make(chan error, 1)
+	talking.nc.SetDeadline(time.Now().Add(4 * patient))
+	go func() { // as the desktop client: an empty ping each second
+		for {
+			talking.write(maskedFrame(0x80|opPing, nil))
+			if opcode, payload, err := talking.read(); opcode != opPong || len(payload) > 0 {
+				talked <- fmt.Errorf("frame %d %q came for a ping, %v", opcode, payload, err)
+				return
+			}
+			select {
+			case <-stop:
+				talked <- nil
+				return
+			case <-time.After(time.Second):
+			}
+		}
+	}()
+	silent.nc.SetDeadline(time.Now().Add(3 * patient))
+	opcode, payload, err := silent.read()
+	if took := time.Since(since); opcode != opPing || len(payload) > 0 || took < 19*time.Second || took > 25*time.Second {
+		t.Errorf("after %v came frame %d %q, %v", took, opcode, payload, err)
+	}
+	close(stop)
+	if err := <-talked; err != nil {
+		t.Error(err)
+	}
+}
+
+// ---- Floods and limits ----
+
+func TestAllClientSlotsTaken(t *testing.T) {
+	t.Parallel()
+	const slots = 256 - reservedFiles
+	s := startMetered(t, 256)
+	if want := fmt.Sprintf("at most %d clients, by the limit of open files", slots); !strings.Contains(s.out.String(), want) {
+		t.Errorf("the log does not say %q at start: %s", want, s.out)
+	}
+	clients := make([]*client, slots)
+	for i := range clients {
+		clients[i] = connect(t, s.addr, asDesktop).subscribed(repoA, "alice@example.com")
+	}
+	for range 2 * reservedFiles { // their connections are not closed from this side, and must not take the reserve
+		c := upgrade(t, s.addr, "/", asDesktop)
+		if c.reply.StatusCode != http.StatusServiceUnavailable || c.reply.Header.Get("Retry-After") == "" {
+			t.Fatalf("with %d clients there, another is answered %s, Retry-After %q", slots, c.reply.Status, c.reply.Header.Get("Retry-After"))
+		}
+	}
+	fastest := patient
+	for n := range 3 { // the tests next to this one can make one of them slow
+		event, posted := numbered(repoA, n, 0), time.Now()
+		post(t, s.addr, event, slots)
+		for _, c := range clients {
+			c.expect(opText, event)
+		}
+		fastest = min(fastest, time.Since(posted))
+	}
+	if fastest > time.Second {
+		t.Errorf("with all slots taken, an event took %v", fastest)
+	}
+	if !pings(s.addr) {
+		t.Error("with all slots taken, /ping does not answer")
+	}
+	if v := scrape(t, s.metrics); v["connections"] != slots || v[`refused_total{reason="full"}`] != 2*reservedFiles {
+		t.Errorf("the metrics are %v", v)
+	}
+	want := fmt.Sprintf("refused: %d clients are connected; the limit of open files allows no more: raise it (ulimit -n, LimitNOFILE=)", slots)
+	if n := strings.Count(s.out.String(), want); n != 1 {
+		t.Errorf("the log says %d times %q", n, want)
+	}
+	for _, c := range clients[:reservedFiles] {
+		c.nc.Close()
+	}
+	waitFor(t, "the slots come back", func() bool { return scrape(t, s.metrics)["connections"] == slots-reservedFiles })
+	for range reservedFiles {
+		connect(t, s.addr, asDesktop).subscribed(repoA, "bob@example.com")
+	}
+	post(t, s.addr, update(repoB, "2"), 0)
+	if c := upgrade(t, s.addr, "/", asDesktop); c.reply.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("with all slots taken again, a client is answered %s", c.reply.Status)
+	}
+}
+
+func TestSoftLimitIsRaised(t *testing.T) {
+	t.Parallel()
+	port := steadyPort(t)
+	p := start(t, nil, "sh", "-c", `ulimit -n 1000; ulimit -S -n 256; exec "$0" "$@"`, buildBinary(t), "-c", writeConfig(t, port))
+	p.waitPing("127.0.0.1:" + port)
+	clients := 0
+	_, after, _ := strings.Cut(p.out.String(), "at most ")
+	fmt.Sscan(after, &clients)
+	if clients < 999-reservedFiles || clients > 1000-reservedFiles { // Go raises it to one less
+		t.Errorf("with a soft limit of 256 and a hard one of 1000, %d clients are allowed: %s", clients, p.out)
+	}
+}
+
+// crowd runs f n times, at most width at a time, each with a function that opens
+// a connection to addr. Those come from other addresses than all else here, so
+// that no port of 127.0.0.1 runs out, and end with f at the latest.
+func crowd(addr string, n, width int, f func(i int, nc net.Conn)) {
+	var wg sync.WaitGroup
+	slots := make(chan bool, width)
+	for i := range n {
+		slots <- true
+		wg.Go(func() {
+			defer func() { <-slots }()
+			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, byte(1+i/10%100), 1)}, Timeout: patient}
+			if nc, err := d.Dial("tcp", addr); err == nil {
+				nc.SetDeadline(time.Now().Add(3 * patient))
+				f(i, nc)
+				nc.Close()
+			}
+		})
+	}
+	wg.Wait()
+}
+
+const upgradeText = "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: Z5CJw/U24zCyiSivhdDLtQ==\r\n\r\n"
+
+// upgraded upgrades a connection of a crowd and reports whether that worked.
+func upgraded(nc net.Conn) bool {
+	io.WriteString(nc, upgradeText)
+	answer := make([]byte, 1024)
+	n, err := nc.Read(answer)
+	return err == nil && bytes.HasPrefix(answer[:n], []byte("HTTP/1.1 101 "))
+}
+
+// trickle writes text byte by byte, slowly, until the other side ends it, and
+// returns after how long that was.
+func trickle(nc net.Conn, text string) time.Duration {
+	start := time.Now()
+	ended := make(chan bool)
+	go func() { io.Copy(io.Discard, nc); close(ended) }()
+	for i := 0; ; i++ {
+		select {
+		case <-ended:
+			return time.Since(start)
+		case <-time.After(200 * time.Millisecond):
+			nc.Write([]byte{text[i%len(text)]})
+		}
+	}
+}
+
+func TestFloods(t *testing.T) {
+	t.Parallel()
+	// random is a different stream for each i, and the same in each run.
+	random := func(i, n int) []byte {
+		p := make([]byte, n)
+		rand.NewChaCha8([32]byte{byte(i), byte(i >> 8)}).Read(p)
+		return p
+	}
+	for _, tc := range []struct {
+		name  string
+		flood func(t *testing.T, addr string)
+	}{
+		{"slow headers", func(t *testing.T, addr string) {
+			crowd(addr, 300, 300, func(i int, nc net.Conn) {
+				if took := trickle(nc, upgradeText[:len(upgradeText)-2]+"X: "); took > 15*time.Second {
+					t.Errorf("slow headers were endured for %v", took)
+				}
+			})
+		}},
+		{"slow bodies", func(t *testing.T, addr string) {
+			token := "Authorization: Token " + eventToken(later()) + "\r\n"
+			crowd(addr, 300, 300, func(i int, nc net.Conn) {
+				length := []int{1000, 1 << 20, 1 << 40}[i%3]
+				fmt.Fprintf(nc, "POST /events HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n", []string{"", token}[i%2], length)
+				if took := trickle(nc, `{"type":"repo-update"`+strings.Repeat(" ", 1000)); took > 25*time.Second {
+					t.Errorf("a slow body was endured for %v", took)
+				}
+			})
+		}},
+		{"endless fragments", func(t *testing.T, addr string) {
+			empty, more := maskedFrame(opContinuation, nil), maskedFrame(opContinuation, bytes.Repeat([]byte("x"), 16<<10))
+			var told atomic.Int64
+			crowd(addr, howMany(200, 20), howMany(20, 5), func(i int, nc net.Conn) {
+				if t.Failed() {
+					return // one complaint is enough
+				}
+				if !upgraded(nc) {
+					t.Error("no upgrade")
+					return
+				}
+				nc.Write(maskedFrame(opText, nil))
+				for range 66 { // 1 MiB and 32 KiB
+					nc.Write(bytes.Repeat(empty, i%2*100))
+					nc.Write(more)
+				}
+				switch answer, err := io.ReadAll(nc); {
+				case len(answer) >= 4 && answer[0] == 0x80|opClose && binary.BigEndian.Uint16(answer[2:]) == statusTooBig:
+					told.Add(1)
+				case len(answer) > 0 || os.IsTimeout(err): // a reset can overtake the close frame while the client still sends
+					t.Errorf("endless fragments were answered %q, %v", answer, err)
+				}
+			})
+			if told.Load() == 0 {
+				t.Error("endless fragments were never answered with a close frame")
+			}
+		}},
+		{"frames of 2^63 bytes", func(t *testing.T, addr string) {
+			crowd(addr, 600, 50, func(i int, nc net.Conn) {
+				if t.Failed() {
+					return // one complaint is enough
+				}
+				if nc.SetDeadline(time.Now().Add(patient)); !upgraded(nc) {
+					t.Error("no upgrade")
+					return
+				}
+				size := []uint64{1 << 63, 1<<63 - 1, 1<<64 - 1, 1 << 62, 1 << 31, 1<<20 + 1}[i%6]
+				opcode := []byte{0x80 | opText, opText, 0x80 | opBinary}[i%3]
+				nc.Write(append(binary.BigEndian.AppendUint64([]byte{opcode, 0x80 | 127}, size), random(i, 100)...))
+				answer, _ := io.ReadAll(nc)
+				if len(answer) < 4 || answer[0] != 0x80|opClose || binary.BigEndian.Uint16(answer[2:]) != statusTooBig {
+					t.Errorf("a frame of %d bytes was answered %q", size, answer)
+				}
+			})
+		}},
+		{"come and go", func(t *testing.T, addr string) {
+			subscribe := maskedFrame(0x80|opText, fmt.Appendf(nil, `{"type":"subscribe","content":{"repos":[{"id":%q,"jwt_token":%q}]}}`, repoB, clientToken(repoB, "u", later())))
+			crowd(addr, howMany(5000, 1000), 50, func(i int, nc net.Conn) {
+				switch i % 6 {
+				case 0: // not a byte
+				case 1:
+					io.WriteString(nc, "GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+				case 2:
+					upgraded(nc)
+				case 3:
+					upgraded(nc)
+					nc.Write(subscribe)
+				case 4: // all at once, and a closing handshake
+					nc.Write(append(append([]byte(upgradeText), subscribe...), maskedFrame(0x80|opClose, nil)...))
+					io.Copy(io.Discard, nc)
+				case 5: // in the midst of a frame
+					upgraded(nc)
+					nc.Write(subscribe[:len(subscribe)/2])
+				}
+				if i%2 == 0 {
+					nc.(*net.TCPConn).SetLinger(0) // a reset, not an end
+				}
+			})
+		}},
+		{"random bytes", func(t *testing.T, addr string) {
+			subscribe := fmt.Sprintf(`{"type":"subscribe","content":{"repos":[{"id":%q,"jwt_token":%q}]}}`, repoB, clientToken(repoB, "u", later()))
+			crowd(addr, howMany(2000, 500), 50, func(i int, nc net.Conn) {
+				noise := random(i, 1+i%3000)
+				switch i % 8 {
+				case 0:
+					nc.Write(noise)
+				case 1:
+					fmt.Fprintf(nc, "GET /%s HTTP/1.1\r\n", noise)
+				case 2:
+					fmt.Fprintf(nc, "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n%s\r\n\r\n", noise)
+				case 3:
+					fmt.Fprintf(nc, "POST /events HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nAuthorization: Token %s\r\n\r\n%s", len(noise), eventToken(later()), noise)
+				case 4:
+					upgraded(nc)
+					nc.Write(noise)
+				case 5:
+					upgraded(nc)
+					nc.Write(maskedFrame(0x80|opText, noise))
+				case 6:
+					upgraded(nc)
+					nc.Write(append(maskedFrame(0x80|opText, []byte(subscribe)), noise...))
+				case 7: // one byte of a good message is another
+					text := []byte(subscribe)
+					text[int(noise[0])*len(text)/256] ^= noise[len(noise)-1]
+					upgraded(nc)
+					nc.Write(maskedFrame(0x80|opText, text))
+				}
+				nc.(*net.TCPConn).CloseWrite()
+				io.Copy(io.Discard, nc)
+			})
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			s := startMetered(t, 0)
+			nextTo(t, s.addr, func() {}) // what is made once, and kept
+			var before, during footprint
+			waitFor(t, "all is as it was", func() bool { before = s.footprint(); return before.connections == 0 })
+			begin := time.Now()
+			slowest := nextTo(t, s.addr, func() {
+				stop, stopped := make(chan bool), make(chan bool)
+				go func() {
+					defer close(stopped)
+					for {
+						select {
+						case <-stop:
+							return
+						case <-time.After(100 * time.Millisecond):
+							now := s.footprint()
+							during = footprint{max(during.goroutines, now.goroutines), max(during.files, now.files), max(during.connections, now.connections), max(during.subscriptions, now.subscriptions), max(during.mib, now.mib)}
+						}
+					}
+				}()
+				tc.flood(t, s.addr)
+				close(stop)
+				<-stopped
+			})
+			took := time.Since(begin)
+			s.returnsTo(before, 30)
+			t.Logf("%v, an event took %v at most: before %v; during %v; after %v", took.Round(time.Millisecond), slowest.Round(time.Millisecond), before, during, s.footprint())
+			if log := s.out.String(); strings.Contains(log, "ERROR") || strings.Contains(log, "panic") {
+				t.Errorf("the log has an error: %s", log)
+			}
+		})
+	}
+}
+
+// ---- Faults ----
+
+func TestKillAndRestart(t *testing.T) {
+	t.Parallel()
+	port := steadyPort(t)
+	addr, dir := "127.0.0.1:"+port, writeConfig(t, port)
+	s := startBinary(t, port, nil, "-c", dir)
+	clients := make([]*client, howMany(1000, 300))
+	token := clientToken(repoA, "alice@example.com", later()) // their old token, as they keep it
+	join := func() {
+		for i := range clients {
+			clients[i] = connect(t, addr, asDesktop)
+			clients[i].subscribe(repoA, token)
+		}
+		for _, c := range clients {
+			c.sync()
+		}
+	}
+	deliver := func(commit string) {
+		t.Helper()
+		post(t, addr, update(repoA, commit), len(clients))
+		for _, c := range clients {
+			c.expect(opText, update(repoA, commit))
+		}
+	}
+	join()
+	deliver("1")
+	killed := time.Now()
+	s.Process.Signal(syscall.SIGKILL)
+	s.wait()
+	for _, c := range clients {
+		c.nc.SetReadDeadline(time.Now().Add(patient))
+		if opcode, _, err := c.read(); err == nil || os.IsTimeout(err) {
+			t.Fatalf("a client of the killed server got frame %d, %v", opcode, err)
+		}
+	}
+	noticed := time.Since(killed)
+	startBinary(t, port, nil, "-c", dir)
+	up := time.Since(killed)
+	join()
+	deliver("2")
+	t.Logf("%d clients: they noticed within %v; the server answered again after %v, and all had the next event after %v", len(clients), noticed, up, time.Since(killed))
+}
+
+func TestSeafServerFaults(t *testing.T) {
+	t.Parallel()
+	port := steadyPort(t)
+	addr, dir := "127.0.0.1:"+port, writeConfig(t, port)
+	socket := filepath.Join(dir, "../seafile-data/seafile.sock")
+	if err := os.Mkdir(filepath.Dir(socket), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s := startBinary(t, port, nil, "-c", dir)
+	bystander := connect(t, addr, asDesktop).subscribed(repoB, "bob@example.com")
+	event := fmt.Sprintf(`{"type":"folder-perm-changed","content":{"repo_id":%q,"path":"/p","type":"group","change_event":"add","user":"","group":7,"perm":"r"}}`, repoA)
+	good := rpcReply(`{"ret":[{"group-id":7,"user-name":"alice@example.com","is-staff":0}]}`)
+	raw := func(text string) func(net.Conn) { return func(nc net.Conn) { io.WriteString(nc, text) } }
+	hang := func(nc net.Conn) { io.Copy(io.Discard, nc) }
+	ask := func() (status int, text string, took time.Duration) {
+		begin := time.Now()
+		answer, text := request(t, "POST", "http://"+addr+"/events", event, "Authorization: Token "+eventToken(later()))
+		return answer.StatusCode, text, time.Since(begin)
+	}
+	for _, tc := range []struct {
+		name  string
+		reply func(net.Conn) // nil: nobody listens
+	}{
+		{"accepts and hangs", hang},
+		{"garbage", raw("HTTP/1.1 400 Bad Request\r\n\r\n")},
+		{"garbage of the length it says", rpcReply("\x00\xff garbage")},
+		{"a huge length", raw("\xff\xff\xff\xff{}")},
+		{"a reply of 9 MiB", rpcReply(`{"ret":[{"group-id":7,"user-name":"alice@example.com"}]` + strings.Repeat(" ", 9<<20) + "}")},
+		{"a length that never comes", func(nc net.Conn) { io.WriteString(nc, "\x00\x00\x40\x00{}"); hang(nc) }},
+		{"half an answer, and the end", raw("\x40\x00\x00\x00{\"ret\":[{\"group-id\":7,")},
+		{"half a length", raw("\x40\x00")},
+		{"the end at once", func(net.Conn) {}},
+		{"byte by byte, for ever", func(nc net.Conn) {
+			io.WriteString(nc, "\x00\x00\x10\x00")
+			for _, err := nc.Write([]byte(" ")); err == nil; _, err = nc.Write([]byte(" ")) {
+				time.Sleep(10 * time.Millisecond) // it is slow on purpose
+			}
+		}},
+		{"a list of something else", rpcReply(`{"ret":[1,2]}`)},
+		{"an error", rpcReply(`{"err_code":500,"err_msg":"db"}`)},
+		{"gone since the question before", nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			subscriber := connect(t, addr, asDesktop).subscribed(repoA, "alice@example.com")
+			ss := startSeafServer(t, socket, good)
+			if status, text, _ := ask(); status != 200 {
+				t.Fatalf("with seaf-server there, an event for a group is answered %d %s", status, text)
+			}
+			subscriber.expect(opText, event)
+			ss.ln.Close() // which also removes the socket
+			if tc.reply != nil {
+				defer startSeafServer(t, socket, tc.reply).ln.Close()
+			}
+			status, text, took := ask()
+			for again := 0; again < 2 && took > time.Second; again++ { // the tests next to this one can make one of them slow
+				_, _, took = ask()
+			}
+			if status != http.StatusServiceUnavailable || took > time.Second || !strings.Contains(text, "the members of group 7 are not known") {
+				t.Errorf("answered %d %q after %v, want 503 within 1 s", status, text, took)
+			}
+			if reason := subscriber.expectClose(statusRestart); reason != "group members are not known" {
+				t.Errorf("the subscriber was closed with the reason %q", reason)
+			}
+			t.Logf("closed to resync %v after the event was posted", took.Round(time.Millisecond))
+			bystander.sync()
+		})
+	}
+	// A socket on which nobody listens is what seaf-server leaves when it is killed.
+	ln, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.(*net.UnixListener).SetUnlinkOnClose(false)
+	ln.Close()
+	if status, text, _ := ask(); status != http.StatusServiceUnavailable {
+		t.Errorf("answered %d %q, want 503", status, text)
+	}
+	if !strings.Contains(s.out.String(), "the members of group 7 are not known, so nobody gets this event, and 1 subscribers of library") {
+		t.Errorf("the log does not say so: %s", s.out)
+	}
+}
+
+func TestLogThatCannotBeWritten(t *testing.T) {
+	t.Parallel()
+	const notWritten, notOpened = "notification-server: cannot write the log: ", "notification-server: cannot open the log: "
+	// serves has clients come and go, which the log tells at level debug.
+	serves := func(t *testing.T, addr string) {
+		t.Helper()
+		for range 5 {
+			c := connect(t, addr, asDesktop).subscribed(repoA, "alice@example.com")
+			post(t, addr, update(repoA, "1"), 1)
+			c.expect(opText, update(repoA, "1"))
+			c.write(maskedFrame(0x80|opClose, nil))
+			c.expectClose(statusNo)
+			waitFor(t, "the client is gone", func() bool { return subscribers(t, addr, numbered(repoA, 0, 0)) == 0 })
+		}
+	}
+	once := func(t *testing.T, p *process, text string) {
+		t.Helper()
+		if n := strings.Count(p.out.String(), text); n != 1 {
+			t.Errorf("standard error says %d times %q: %s", n, text, p.out)
+		}
+	}
+	t.Run("the disk is full", func(t *testing.T) {
+		t.Parallel()
+		port := steadyPort(t)
+		dir := writeConfig(t, port, "log_level = debug")
+		path := filepath.Join(dir, "log")
+		if err := os.Symlink("/dev/full", path); err != nil {
+			t.Fatal(err)
+		}
+		p := startBinary(t, port, nil, "-c", dir, "-l", path)
+		serves(t, "127.0.0.1:"+port)
+		once(t, p, notWritten)
+		if !strings.Contains(p.out.String(), "no space left on device: serving goes on; make room, or correct it and send SIGUSR1") {
+			t.Errorf("standard error: %s", p.out)
+		}
+		// Once there is room, the log goes on.
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		p.Process.Signal(syscall.SIGUSR1)
+		waitFor(t, "the log file is there", func() bool { _, err := os.Stat(path); return err == nil })
+		serves(t, "127.0.0.1:"+port)
+		waitFor(t, "the log tells of the clients", func() bool {
+			text, _ := os.ReadFile(path)
+			return bytes.Count(text, []byte(": disconnected: client")) == 5
+		})
+		once(t, p, notWritten)
+		if status := p.terminate(); status != 0 {
+			t.Errorf("exit status %d", status)
+		}
+	})
+	t.Run("its directory is gone", func(t *testing.T) {
+		t.Parallel()
+		port := steadyPort(t)
+		dir := writeConfig(t, port, "log_level = debug")
+		logs := filepath.Join(t.TempDir(), "logs")
+		if err := os.Mkdir(logs, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		p := startBinary(t, port, nil, "-c", dir, "-l", filepath.Join(logs, "notification-server.log"))
+		serves(t, "127.0.0.1:"+port)
+		if err := os.RemoveAll(logs); err != nil {
+			t.Fatal(err)
+		}
+		serves(t, "127.0.0.1:"+port)
+		p.Process.Signal(syscall.SIGUSR1)
+		waitFor(t, "it is said", func() bool { return strings.Contains(p.out.String(), notOpened) })
+		serves(t, "127.0.0.1:"+port)
+		once(t, p, notOpened)
+		os.Mkdir(logs, 0o755)
+		p.Process.Signal(syscall.SIGUSR1)
+		waitFor(t, "the log goes on", func() bool {
+			serves(t, "127.0.0.1:"+port)
+			text, _ := os.ReadFile(filepath.Join(logs, "notification-server.log"))
+			return bytes.Contains(text, []byte("disconnected"))
+		})
+		once(t, p, notOpened)
+	})
+	t.Run("its directory was never there", func(t *testing.T) {
+		t.Parallel()
+		port := steadyPort(t)
+		dir := writeConfig(t, port)
+		p := startBinary(t, port, nil, "-c", dir, "-l", filepath.Join(dir, "none/notification-server.log"))
+		serves(t, "127.0.0.1:"+port)
+		once(t, p, notOpened)
+		once(t, p, "[INFO] started on ") // the log goes where it can
+	})
+}
+
+// An hour forth, and an hour back: connections stay, and tokens hold by the time of day.
+func TestClockJumps(t *testing.T) {
+	t.Parallel()
+	port, fault := steadyPort(t), filepath.Join(t.TempDir(), "clock")
+	setFault(t, fault, "0s")
+	startSelf(t, fault, port, "-c", writeConfig(t, port))
+	addr := "127.0.0.1:" + port
+	soon := clientToken(repoA, "soon@example.com", time.Now().Add(30*time.Minute))
+	short := connect(t, addr, asDesktop)
+	short.subscribe(repoA, soon)
+	short.sync()
+	long := connect(t, addr, asBrowser).subscribed(repoA, "long@example.com")
+	deliver := func(commit string, to ...*client) {
+		t.Helper()
+		post(t, addr, update(repoA, commit), len(to))
+		for _, c := range to {
+			c.expect(opText, update(repoA, commit))
+		}
+	}
+	deliver("1", short, long)
+
+	setFault(t, fault, "1h")
+	jumped := time.Now()
+	short.expect(opText, expiredText(repoA)) // within a second or so
+	if took := time.Since(jumped); took > 3*time.Second {
+		t.Errorf("a token that had run out was noticed after %v", took)
+	}
+	deliver("2", long)
+	short.subscribe(repoA, soon)
+	short.expect(opText, expiredText(repoA))
+
+	setFault(t, fault, "-1h")
+	old := clientToken(repoA, "old@example.com", time.Now().Add(-30*time.Minute)) // by that clock it still holds
+	short.subscribe(repoA, old)
+	short.sync()
+	deliver("3", short, long)
+	setFault(t, fault, "0s")
+	short.expect(opText, expiredText(repoA))
+	deliver("4", long)
+	long.sync()
+	short.sync()
+}
+
+func TestPanicInOneHandler(t *testing.T) {
+	t.Parallel()
+	port, fault := steadyPort(t), filepath.Join(t.TempDir(), "clock")
+	p := startSelf(t, fault, port, "-c", writeConfig(t, port))
+	addr := "127.0.0.1:" + port
+	neighbour := connect(t, addr, asDesktop).subscribed(repoA, "alice@example.com")
+	unlucky := connect(t, addr, asDesktop).subscribed(repoA, "mallory@example.com")
+	setFault(t, fault, "panic")
+	unlucky.subscribe(repoB, clientToken(repoB, "mallory@example.com", later()))
+	if reason := unlucky.expectClose(statusInternal); reason != "internal error" {
+		t.Errorf("closed with the reason %q", reason)
+	}
+	want := "[ERROR] " + unlucky.nc.LocalAddr().String() + `: closed, since its handler panicked: "the clock is broken"; please report this:`
+	waitFor(t, "the log says "+want, func() bool { return strings.Contains(p.out.String(), want) })
+	waitFor(t, "its subscription is gone", func() bool { return subscribers(t, addr, numbered(repoB, 1, 0)) == 0 })
+	post(t, addr, update(repoA, "1"), 1)
+	neighbour.expect(opText, update(repoA, "1"))
+	connect(t, addr, asDesktop).subscribed(repoB, "mallory@example.com")
+	post(t, addr, update(repoB, "2"), 1)
+
+	// The same for a request.
+	setFault(t, fault, "panic")
+	c := http.Client{Transport: &http.Transport{}}
+	r, _ := http.NewRequest("POST", "http://"+addr+"/events", strings.NewReader(update(repoA, "3")))
+	r.Header.Set("Authorization", "Token "+eventToken(later()))
+	if answer, err := c.Do(r); err == nil {
+		t.Errorf("a request that panicked is answered %s", answer.Status)
+	}
+	post(t, addr, update(repoA, "4"), 1)
+	neighbour.expect(opText, update(repoA, "4"))
+	if status := p.terminate(); status != 0 {
+		t.Errorf("exit status %d", status)
+	}
+}
+
+// ---- Metrics ----
+
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	s := startMetered(t, 0)
+	socket := filepath.Join(s.dir, "../seafile-data/seafile.sock")
+	if err := os.Mkdir(filepath.Dir(socket), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	seaf := startSeafServer(t, socket, rpcReply(`{"ret":[{"group-id":7,"user-name":"alice@example.com","is-staff":0}]}`))
+
+	lint := func() {
+		t.Helper()
+		need(t, "promtool")
+		_, text := request(t, "GET", "http://"+s.metrics+"/metrics", "")
+		promtool := exec.Command("promtool", "check", "metrics")
+		promtool.Stdin = strings.NewReader(text)
+		if out, err := promtool.CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("promtool check metrics: %v: %s", err, out)
+		}
+	}
+	begin := scrape(t, s.metrics)
+	for name, most := range map[string]float64{"connections": 0, "subscriptions": 0, "libraries": 0, "deliveries_total": 0, "outbox_full_total": 0,
+		"delivery_seconds_count": 0, "delivery_seconds_sum": 0, `delivery_seconds_bucket{le="+Inf"}`: 0, "go_goroutines": 30, "process_resident_memory_bytes": 100 << 20, "process_start_time_seconds": 1e12} {
+		if value, ok := begin[name]; !ok || value > most {
+			t.Errorf("at start, %s is %v (there: %v)", name, value, ok)
+		}
+	}
+	if started := time.Unix(int64(begin["process_start_time_seconds"]), 0); time.Since(started).Abs() > time.Minute || begin["go_goroutines"] < 1 || begin["process_resident_memory_bytes"] < 1<<20 {
+		t.Errorf("at start: %v", begin)
+	}
+
+	desktop := connect(t, s.addr, asDesktop).subscribed(repoA, "alice@example.com").subscribed(repoB, "alice@example.com")
+	browser := connect(t, s.addr, asBrowser).subscribed(repoA, "bob@example.com")
+	post(t, s.addr, update(repoA, "1"), 2)
+	post(t, s.addr, numbered(repoB, 1, 0), 1)
+	post(t, s.addr, fmt.Sprintf(`{"type":"comment-update","content":{"repo_id":%q}}`, repoA), 2)
+	group := fmt.Sprintf(`{"type":"folder-perm-changed","content":{"repo_id":%q,"type":"group","group":7,"user":""}}`, repoA)
+	post(t, s.addr, group, 1)
+	for n, c := range []*client{desktop, desktop, desktop, desktop, browser, browser} {
+		if opcode, _, err := c.read(); opcode != opText {
+			t.Fatalf("frame %d: opcode %d, %v", n, opcode, err)
+		}
+	}
+	desktop.subscribe(repoA, "x.y.z")
+	desktop.expect(opText, expiredText(repoA))
+	for body, token := range map[string]string{update(repoA, "2"): clientToken(repoA, "alice@example.com", later()), `{}`: eventToken(later())} {
+		request(t, "POST", "http://"+s.addr+"/events", body, "Authorization: Token "+token)
+	}
+	request(t, "POST", "http://"+s.addr+"/events", update(repoA, "2"))
+	want := map[string]float64{
+		"connections": 2, "subscriptions": 3, "libraries": 2, "deliveries_total": 6, "delivery_seconds_count": 6, `delivery_seconds_bucket{le="+Inf"}`: 6,
+		`events_total{type="repo-update"}`: 1, `events_total{type="file-lock-changed"}`: 1, `events_total{type="comment-update"}`: 1, `events_total{type="folder-perm-changed"}`: 1,
+		`refused_total{reason="malformed"}`: 1, `refused_total{reason="client-token"}`: 1, `refused_total{reason="bad-event"}`: 1, `refused_total{reason="no-token"}`: 1,
+		`group_lookups_total{result="ok"}`: 1,
+	}
+	check := func() {
+		t.Helper()
+		have := map[string]float64{}
+		waitFor(t, fmt.Sprintf("the metrics become %v, having been %v", want, have), func() bool {
+			have = scrape(t, s.metrics)
+			for name, value := range want {
+				if have[name] != value {
+					return false
+				}
+			}
+			return true
+		})
+		if have["delivery_seconds_sum"] <= 0 || have["delivery_seconds_sum"] > 60 {
+			t.Errorf("%v seconds for all deliveries", have["delivery_seconds_sum"])
+		}
+		for last, bounds := 0.0, []string{"0.001", "0.005", "0.01", "0.05", "0.1", "0.5", "1", "5", "30", "+Inf"}; len(bounds) > 0; bounds = bounds[1:] {
+			count, ok := have[`delivery_seconds_bucket{le="`+bounds[0]+`"}`]
+			if !ok || count < last {
+				t.Errorf("bucket %s has %v (there: %v), the one before %v", bounds[0], count, ok, last)
+			}
+			last = count
+		}
+	}
+	check()
+	lint()
+
+	seaf.ln.Close()
+	request(t, "POST", "http://"+s.addr+"/events", group, "Authorization: Token "+eventToken(later()))
+	desktop.expectClose(statusRestart)
+	browser.expectClose(statusRestart)
+	leaves := connect(t, s.addr, asBrowser).subscribed(repoB, "bob@example.com")
+	leaves.write(maskedFrame(0x80|opClose, nil))
+	leaves.expectClose(statusNo)
+	vanishes := connect(t, s.addr, asBrowser)
+	vanishes.nc.Close()
+	for name, value := range map[string]float64{
+		"connections": 0, "subscriptions": 0, "libraries": 0, `group_lookups_total{result="failed"}`: 1, `events_total{type="folder-perm-changed"}`: 2,
+		`closed_total{reason="resync"}`: 2, `closed_total{reason="client"}`: 1, `closed_total{reason="gone"}`: 1,
+	} {
+		want[name] = value
+	}
+	check()
+	lint()
+
+	// SIGUSR2 writes the same to the log, in one line.
+	have := scrape(t, s.metrics)
+	s.Process.Signal(syscall.SIGUSR2)
+	line := ""
+	waitFor(t, "the line in the log", func() bool {
+		_, after, found := strings.Cut(s.out.String(), "[INFO] metrics: ")
+		line, _, _ = strings.Cut(after, "\n")
+		return found
+	})
+	logged := map[string]string{}
+	for _, figure := range strings.Split(line, " seafile_notification_") {
+		name, rest, _ := strings.Cut(figure, " ")
+		logged[strings.TrimPrefix(name, "seafile_notification_")], _, _ = strings.Cut(rest, " ")
+	}
+	for name := range have {
+		short, _, _ := strings.Cut(name, " ")
+		if !strings.Contains(line, short+" ") {
+			t.Errorf("the line lacks %s: %s", name, line)
+		}
+	}
+	for name, value := range want {
+		if number, err := strconv.ParseFloat(logged[name], 64); err != nil || number != value {
+			t.Errorf("the line says %s %q, want %v: %s", name, logged[name], value, line)
+		}
+	}
+
+	// Never on the public port, and nothing else on its own.
+	for url, status := range map[string]int{"http://" + s.addr + "/metrics": 404, "http://" + s.addr + "/notification/metrics": 404,
+		"http://" + s.metrics + "/": 404, "http://" + s.metrics + "/ping": 404, "http://" + s.metrics + "/events": 404} {
+		if answer, _ := request(t, "GET", url, ""); answer.StatusCode != status {
+			t.Errorf("%s answers %s, want %d", url, answer.Status, status)
+		}
+	}
+}
+
+func TestMetricsAddress(t *testing.T) {
+	t.Parallel()
+	listens := func(addr string) bool {
+		nc, err := net.DialTimeout("tcp", addr, patient)
+		if err == nil {
+			nc.Close()
+		}
+		return err == nil
+	}
+	t.Run("off by default", func(t *testing.T) {
+		t.Parallel()
+		port := steadyPort(t)
+		p := startBinary(t, port, nil, "-c", writeConfig(t, port))
+		sockets, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		tcp, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp", p.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		listening := 0
+		for _, path := range sockets {
+			target, _ := os.Readlink(path)
+			inode := strings.Trim(target, "socket:[]")
+			for line := range strings.Lines(string(tcp)) {
+				if f := strings.Fields(line); len(f) > 9 && f[3] == "0A" && f[9] == inode {
+					listening++
+				}
+			}
+		}
+		if listening != 1 {
+			t.Errorf("it listens on %d addresses, want the public one only", listening)
+		}
+		if answer, _ := request(t, "GET", "http://127.0.0.1:"+port+"/metrics", ""); answer.StatusCode != 404 {
+			t.Errorf("/metrics on the public port answers %s", answer.Status)
+		}
+	})
+	t.Run("the environment comes first", func(t *testing.T) {
+		t.Parallel()
+		port, file, env := steadyPort(t), "127.0.0.1:"+steadyPort(t), "127.0.0.1:"+steadyPort(t)
+		startBinary(t, port, []string{"NOTIFICATION_SERVER_METRICS=" + env}, "-c", writeConfig(t, port, "metrics = "+file))
+		if _, ok := scrape(t, env)["connections"]; !ok || listens(file) {
+			t.Error("the metrics are not where NOTIFICATION_SERVER_METRICS says, or not only there")
+		}
+	})
+	for _, tc := range []struct{ name, metrics, says string }{
+		{"not an address", "9083", "metrics must be HOST:PORT, as in 127.0.0.1:9083, not \"9083\""},
+		{"the public port", "", "cannot serve metrics: "},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			port := steadyPort(t)
+			if tc.metrics == "" {
+				tc.metrics = "127.0.0.1:" + port
+			}
+			p := start(t, nil, buildBinary(t), "-c", writeConfig(t, port, "metrics = "+tc.metrics))
+			if status := p.wait(); status != 1 || !strings.Contains(p.out.String(), tc.says) {
+				t.Errorf("exit status %d, and it says %q; want 1 and %q", status, p.out, tc.says)
+			}
+		})
+	}
 }
 
 // ---- Behind the real proxies, in a real browser, and the self-check ----
@@ -2677,9 +6622,9 @@ func BenchmarkRestart(b *testing.B) {
 
 // ---- Benchmarks: go test -bench . -run '^$' ----
 
-// subscribers connects n browsers to a server, each subscribed to repoA, whose
+// countedSubscribers connects n browsers to a server, each subscribed to repoA, whose
 // frames are read and counted without allocation: got receives each total of n.
-func subscribers(b *testing.B, addr string, n, frameBytes int) (got chan struct{}) {
+func countedSubscribers(b *testing.B, addr string, n, frameBytes int) (got chan struct{}) {
 	b.Helper()
 	got = make(chan struct{}, 1)
 	var received atomic.Int64
@@ -2719,7 +6664,7 @@ func BenchmarkFanout(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			got := subscribers(b, s.addr, n, len(ev.frame))
+			got := countedSubscribers(b, s.addr, n, len(ev.frame))
 			b.ReportAllocs()
 			for b.Loop() {
 				again := *ev.message
@@ -2736,7 +6681,7 @@ func BenchmarkEvent(b *testing.B) {
 	s := startQuiet(b)
 	body := update(repoA, "7920509ee42fa792aec26c44588b6f65371084fa")
 	ev, _ := parseEvent([]byte(body))
-	got := subscribers(b, s.addr, 1, len(ev.frame))
+	got := countedSubscribers(b, s.addr, 1, len(ev.frame))
 	nc, err := net.Dial("tcp", s.addr)
 	if err != nil {
 		b.Fatal(err)
