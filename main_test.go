@@ -26,7 +26,7 @@ import (
 	"log/slog"
 	"math"
 	"math/big"
-	"math/rand/v2"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -66,7 +66,8 @@ func TestMain(m *testing.M) {
 	if fault := os.Getenv("TEST_CLOCK"); fault != "" {
 		os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr, faultyClock(fault)))
 	}
-	flag.Set("test.parallel", "8") // most tests wait more than they work
+	flag.Set("test.parallel", "8")           // most tests wait more than they work
+	os.Setenv("GORACE", "atexit_sleep_ms=0") // for the binaries that tests start
 	code := m.Run()
 	if built.dir != "" {
 		os.RemoveAll(built.dir)
@@ -2914,7 +2915,7 @@ func rawConn(t testing.TB, addr string) *client {
 
 // ---- Slow and dead clients, floods, faults, metrics ----
 
-// ---- faultyClock: takes the place of the harness's stub ----
+// ---- A clock that fails ----
 
 // faultyClock is the clock of a server that a test started with startSelf. The
 // file named fault tells what ails it: a duration by which the time of day is
@@ -3874,7 +3875,7 @@ func TestFloods(t *testing.T) {
 	// random is a different stream for each i, and the same in each run.
 	random := func(i, n int) []byte {
 		p := make([]byte, n)
-		rand.NewChaCha8([32]byte{byte(i), byte(i >> 8)}).Read(p)
+		mathrand.NewChaCha8([32]byte{byte(i), byte(i >> 8)}).Read(p)
 		return p
 	}
 	for _, tc := range []struct {
