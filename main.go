@@ -414,7 +414,6 @@ const (
 	deadAfter     = 60 * time.Second        // without a frame
 	idleLimit     = 2 * time.Minute         // without a subscription
 	expiryBatch   = maxOutbox / 2           // subscriptions of one connection ended in one sweep: all at once could fill its outbox
-	writers       = 4                       // goroutines that write to all clients
 	drainTime     = 2800 * time.Millisecond // over which clients are closed at the end, since all come back together
 )
 
@@ -439,7 +438,7 @@ type server struct {
 
 type library struct { // a repo with at least one subscription; guarded by server.mu
 	id      string // the repo ID
-	subs    map[*conn]claims
+	subs    map[*conn]*claims
 	updated time.Duration // uptime at the newest update
 	repeat  *message      // that update, if it is to be repeated
 }
@@ -454,7 +453,7 @@ func newServer(cfg *config, lg *logger, clk clock) *server {
 		metrics: metrics{started: clk.wall(), counts: map[[2]string]int{}, said: map[string]time.Duration{}},
 	}
 	s.http = s.httpServer(s)
-	for range writers { // never wait for a client
+	for range writers {
 		go func() {
 			for c := <-s.ready; c != nil; c = <-s.ready {
 				c.write(false)
@@ -469,14 +468,14 @@ func (s *server) subscribe(c *conn, cl claims) {
 	defer s.mu.Unlock()
 	lib := s.libraries[cl.RepoID]
 	if lib == nil {
-		lib = &library{id: cl.RepoID, subs: map[*conn]claims{}, updated: -repeatWindow}
+		lib = &library{id: cl.RepoID, subs: map[*conn]*claims{}, updated: -repeatWindow}
 		s.libraries[lib.id] = lib
 	}
 	if _, renewed := lib.subs[c]; !renewed {
 		c.libraries = append(c.libraries, lib)
 		s.subscriptions++
 	}
-	lib.subs[c] = cl
+	lib.subs[c] = &cl
 	c.expires = min(c.expires, *cl.Expires)
 }
 
@@ -642,6 +641,7 @@ func frame(opcode byte, payload []byte) []byte {
 }
 
 var ping, pong = &message{frame: frame(opPing, nil)}, &message{frame: frame(opPong, nil)}
+var writers = runtime.GOMAXPROCS(0) // goroutines that write to all clients, since they never wait for one
 
 func textMessage(text []byte) *message { return &message{frame: frame(opText, text), text: text} }
 
@@ -964,8 +964,7 @@ func peer(r *http.Request) string { // gives a client's address, and what a prox
 	return r.RemoteAddr
 }
 
-// refused counts what was refused, and logs it once a minute for each reason.
-func (s *server) refused(what, from string, p *problem) {
+func (s *server) refused(what, from string, p *problem) { // counts it, and logs it once a minute for each reason
 	uptime := s.clock.uptime()
 	s.counting.Lock()
 	defer s.counting.Unlock()
