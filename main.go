@@ -373,8 +373,7 @@ type claims struct {
 
 func (s *server) unixSeconds() float64 { return float64(s.clock.wall().UnixMicro()) / 1e6 }
 
-// verify checks a JSON Web Token signed with HS256 (RFC 7515 and 7519) by our key, and returns its claims. Whatever
-// its header says, no other algorithm is ever tried, and no claim is looked at before the signature.
+// verify returns the claims of a JSON Web Token (RFC 7515, 7519) signed with HS256; no other algorithm is ever tried.
 func (s *server) verify(token string) (_ claims, err error) {
 	defer catch(&err)
 	refuseIf := func(condition bool, reason, text string, args ...any) {
@@ -454,11 +453,7 @@ func newServer(cfg *config, lg *logger, clk clock) *server {
 	}
 	s.http = s.httpServer(s)
 	for range writers {
-		go func() {
-			for c := <-s.ready; c != nil; c = <-s.ready {
-				c.write(false)
-			}
-		}()
+		go s.writeAll()
 	}
 	return s
 }
@@ -662,6 +657,7 @@ func closing(status int, why, text string) *message {
 type conn struct { // a client's WebSocket connection; one goroutine reads from it
 	server    *server
 	nc        net.Conn
+	raw       syscall.RawConn
 	name      string        // its address, for the log
 	desktop   bool          // speaks the subprotocol
 	heard     atomic.Int64  // uptime at the last frame
@@ -677,6 +673,7 @@ type conn struct { // a client's WebSocket connection; one goroutine reads from 
 	pinged    time.Duration // uptime of our last ping
 	mu        sync.Mutex    // guards all below; not held while writing
 	outbox    []*message    // the first is being written
+	one       [1]*message   // the outbox of one message, the common case
 	bytes     int           // in outbox
 	written   int           // of the first
 	closed    string        // why it is being closed
@@ -709,6 +706,7 @@ func (c *conn) send(m *message) (taken bool) {
 		c.nc.SetReadDeadline(time.Now().Add(closeWait))
 	}
 	if len(c.outbox) == 0 {
+		c.outbox = c.one[:0]
 		c.writing.Store(int64(c.server.clock.uptime()))
 		c.server.ready <- c // which has room for all
 	}
@@ -717,22 +715,28 @@ func (c *conn) send(m *message) (taken bool) {
 	return taken
 }
 
-// write keeps no slow client company: a goroutine of its own waits to write its rest, though not for ever (see sweep).
-func (c *conn) write(wait bool) {
-	for data := c.take(0); data != nil; {
-		n := 0
-		if wait {
-			var err error
-			if n, err = c.nc.Write(data[:min(len(data), 16<<10)]); err != nil {
-				c.abort("gone")
+// writeAll is one of the goroutines that write to all clients. It writes what the kernel has room for; for the rest of
+// a slow client's waits a goroutine of its own, though not for ever (see sweep).
+func (s *server) writeAll() {
+	var data []byte
+	var n int
+	try := func(fd uintptr) bool { n, _ = syscall.Write(int(fd), data); return true } // one for each write would be garbage
+	for c := <-s.ready; c != nil; c = <-s.ready {
+		for data = c.take(0); data != nil; data = c.take(n) {
+			if n = 0; c.raw.Write(try) != nil || n < len(data) { // there is no room; or an error, which will show again
+				c.take(max(n, 0))
+				go c.drain()
+				break
 			}
-		} else if raw, err := c.nc.(syscall.Conn).SyscallConn(); err == nil {
-			raw.Write(func(fd uintptr) bool { n, _ = syscall.Write(int(fd), data); return true })
 		}
-		if n < len(data) && !wait { // there is no room; or an error, which will show again
-			c.take(max(n, 0))
-			go c.write(true)
-			return
+	}
+}
+
+func (c *conn) drain() {
+	for data := c.take(0); data != nil; {
+		n, err := c.nc.Write(data[:min(len(data), 16<<10)])
+		if err != nil {
+			c.abort("gone")
 		}
 		data = c.take(n)
 	}
@@ -822,8 +826,7 @@ func (c *conn) guard(f func()) (m *message) {
 	return nil
 }
 
-// readFrame reads a frame and handles what it completes. x/net/websocket parses a frame and unmasks its payload,
-// but checks nothing: so what RFC 6455, section 5, forbids is looked for here, in the header as it came.
+// readFrame handles a frame. x/net/websocket parses and unmasks it, but checks nothing of RFC 6455, section 5: this does.
 func (c *conn) readFrame() {
 	endless := false // 2^63 bytes: of 64 bits x/net/websocket drops the first
 	if head, _ := c.br.Peek(2); len(head) == 2 && head[1]&0x7f == 127 {
@@ -920,8 +923,7 @@ func (s *server) httpServer(handler http.Handler) *http.Server {
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 20 * time.Second, WriteTimeout: 20 * time.Second, IdleTimeout: 3 * time.Minute}
 }
 
-// ServeHTTP routes by path. Repeated and trailing slashes and a leading /notification mean nothing: each proxy
-// rule in use leaves others of them. A problem is the answer to whoever asked.
+// ServeHTTP ignores repeated and trailing slashes and a leading /notification: each proxy rule in use leaves others.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	parts := strings.FieldsFunc(r.URL.Path, func(c rune) bool { return c == '/' })
 	if len(parts) > 0 && parts[0] == "notification" {
@@ -975,8 +977,7 @@ func (s *server) refused(what, from string, p *problem) { // counts it, and logs
 	}
 }
 
-// serveEvent takes an event with a token of seaf-server's, which names no user, and no library or the event's. It
-// returns as soon as the event is queued, since the Go file server makes a user's upload wait for the answer.
+// serveEvent returns as soon as the event is queued, since the Go file server makes a user's upload wait for the answer.
 func (s *server) serveEvent(w http.ResponseWriter, r *http.Request) (subscribers int) {
 	token, found := strings.CutPrefix(r.Header.Get("Authorization"), "Token ")
 	if !found {
@@ -1055,8 +1056,7 @@ func parseEvent(body []byte) (ev *event, err error) {
 	return ev, nil
 }
 
-// serveWebSocket turns a request into a client's connection (RFC 6455, section 4.2). There is no check of the Origin:
-// behind a proxy each real client's differs from the Host, and what protects a library is the token.
+// serveWebSocket checks no Origin: behind a proxy each real client's differs from the Host, and the token protects.
 func (s *server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 	has := func(field, word string) bool {
 		list := strings.Split(strings.Join(r.Header.Values(field), ","), ",")
@@ -1105,8 +1105,7 @@ func (s *server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// A hijacker gives x/net/websocket the connection with a small buffer in place of net/http's two of 4 KiB, and keeps
-// it open when the handler of the upgrade, and with it net/http's goroutine, has ended.
+// A hijacker gives x/net/websocket a small buffer in place of net/http's of 4 KiB, and keeps the connection open.
 type hijacker struct {
 	http.ResponseWriter
 	c *conn
@@ -1125,7 +1124,8 @@ func (h hijacker) Hijack() (nc net.Conn, rw *bufio.ReadWriter, err error) {
 		h.c.br = rw.Reader
 	}
 	nc.SetWriteDeadline(time.Now().Add(writeWait)) // for the answer to the upgrade
-	return unclosed{nc}, bufio.NewReadWriter(h.c.br, rw.Writer), nil
+	h.c.raw, err = nc.(syscall.Conn).SyscallConn()
+	return unclosed{nc}, bufio.NewReadWriter(h.c.br, rw.Writer), err
 }
 
 // ---- Group members ----
