@@ -1155,7 +1155,7 @@ func (cfg *config) askMembers(group int64) (members map[string]bool, err error) 
 }
 
 // readMembers reads the reply: a little-endian length of 4 bytes, then JSON.
-func readMembers(r io.Reader) (members map[string]bool, err error) {
+func readMembers(r io.Reader) (_ map[string]bool, err error) {
 	defer catch(&err)
 	var reply struct {
 		Ret []struct {
@@ -1178,7 +1178,7 @@ func readMembers(r io.Reader) (members map[string]bool, err error) {
 	if reply.Ret == nil { // null means not known, never nobody
 		return nil, errUnknownGroup
 	}
-	members = make(map[string]bool, len(reply.Ret))
+	members := make(map[string]bool, len(reply.Ret))
 	for _, user := range reply.Ret {
 		failIf(user.Name == "", "seaf-server names a member without a user-name")
 		members[user.Name] = true
