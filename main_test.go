@@ -1434,7 +1434,7 @@ func TestSlowHeader(t *testing.T) {
 	if large.StatusCode != 431 {
 		t.Errorf("a large header is answered %s", large.Status)
 	}
-	if testing.Short() {
+	if testing.Short() && os.Getenv("CI") != "true" {
 		t.Skip("takes 10 s")
 	}
 	nc, err := net.Dial("tcp", s.addr)
@@ -4831,7 +4831,7 @@ func TestProxyIdle(t *testing.T) {
 // Once with nginx's real 60 s and the real binary: the browser, which never
 // pings, stays. Behind a server that does not ping it would be cut.
 func TestProxyIdleMinute(t *testing.T) {
-	if testing.Short() {
+	if testing.Short() && os.Getenv("CI") != "true" {
 		t.Skip("takes more than a minute")
 	}
 	t.Parallel()
