@@ -3,8 +3,7 @@
 // seaf-server posts every change to it, and it pushes the change over WebSocket
 // to whoever has subscribed to that library: the library was updated, a file
 // lock changed, a folder's permission changed, a file was commented. An event is
-// delivered, or the connection is closed so that its client asks Seafile for
-// everything anew; it is never dropped in silence.
+// delivered, or the connection is closed, so that its client asks Seafile anew.
 //
 // Usage:
 //
@@ -200,10 +199,17 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 	sdNotify(getenv, "READY=1")
 	watchdog, _ := strconv.Atoi(getenv("WATCHDOG_USEC"))
 	half, alive := time.Duration(watchdog)*time.Microsecond/2, time.Now()
+	mem, kept := runtime.MemStats{}, uint64(math.MaxUint64)
 	for tick := time.Tick(time.Second); ; {
 		select {
 		case <-tick:
 			s.sweep()
+			runtime.ReadMemStats(&mem)
+			held := mem.HeapSys - mem.HeapReleased
+			if kept = min(kept, held); held > kept*3/2+8<<20 && time.Since(time.Unix(0, int64(mem.LastGC))) > 10*time.Second {
+				debug.FreeOSMemory() // what a flood has left, Go alone gives back only after 2 minutes
+				kept = math.MaxUint64
+			}
 			if half > 0 && time.Since(alive) >= half-time.Second {
 				s.publish(&event{message: &message{}}, nil) // takes the locks that each event takes: a stuck one ends this
 				alive = time.Now()
@@ -239,8 +245,7 @@ func listen(cfg *config, getenv func(string) string) net.Listener {
 		failIf(err != nil, "cannot serve the socket that systemd handed over: %v: the .socket unit needs a ListenStream=", err)
 		return ln
 	}
-	lc := net.ListenConfig{KeepAlive: -1} // no probes of the kernel's: the server pings those who are silent
-	ln, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(cfg.host, cfg.port))
+	ln, err := (&net.ListenConfig{KeepAlive: -1}).Listen(context.Background(), "tcp", net.JoinHostPort(cfg.host, cfg.port)) // no probes: the server pings
 	failIf(errors.Is(err, syscall.EADDRINUSE), "cannot listen: %v: another server, or an earlier start of this one, holds the port: stop it first (pkill -f notification-server), or change port", err)
 	failIf(errors.Is(err, syscall.EADDRNOTAVAIL), "cannot listen: %v: this machine has no such address: set host to one of its own or to 0.0.0.0; in a cluster, start the server on that node only", err)
 	failIf(err != nil, "cannot listen: %v: check host and port, and that this user may use them", err)
@@ -301,16 +306,15 @@ func loadConfig(path string, getenv func(string) string) (cfg *config, err error
 	enabled := settings["enabled"]
 	cfg.enabled, err = strconv.ParseBool(cmp.Or(strings.ToLower(enabled.value), "true"))
 	failIf(err != nil, "%s: enabled must be true or false", enabled.where)
-	cfg.host, cfg.port = cmp.Or(get("host", "NOTIFICATION_SERVER_HOST").value, "0.0.0.0"), "8083"
+	cfg.host = cmp.Or(get("host", "NOTIFICATION_SERVER_HOST").value, "0.0.0.0")
+	port := cmp.Or(get("port", "NOTIFICATION_SERVER_PORT"), setting{value: "8083"})
+	n, err := strconv.ParseUint(port.value, 10, 16)
+	failIf(err != nil || n == 0, "%s: port must be a number from 1 to 65535, not %q", port.where, port.value)
+	cfg.port = port.value
 	metrics := get("metrics", "NOTIFICATION_SERVER_METRICS")
 	cfg.metrics = metrics.value
 	_, _, err = net.SplitHostPort(cmp.Or(cfg.metrics, ":"))
 	failIf(err != nil, "%s: metrics must be HOST:PORT, as in 127.0.0.1:9083, not %q", metrics.where, cfg.metrics)
-	if v := get("port", "NOTIFICATION_SERVER_PORT"); v.where != "" {
-		n, err := strconv.ParseUint(v.value, 10, 16)
-		failIf(err != nil || n == 0, "%s: port must be a number from 1 to 65535, not %q", v.where, v.value)
-		cfg.port = v.value
-	}
 	v := get("log_level", "NOTIFICATION_SERVER_LOG_LEVEL")
 	level, known := levels[cmp.Or(strings.ToLower(v.value), "info")]
 	cfg.level = level
@@ -376,29 +380,26 @@ func (s *server) unixSeconds() float64 { return float64(s.clock.wall().UnixMicro
 // verify returns the claims of a JSON Web Token (RFC 7515, 7519) signed with HS256; no other algorithm is ever tried.
 func (s *server) verify(token string) (_ claims, err error) {
 	defer catch(&err)
-	refuseIf := func(condition bool, reason, text string, args ...any) {
-		refuseIf(condition, 401, reason, text, args...)
-	}
 	parts := strings.Split(token, ".")
-	refuseIf(len(parts) != 3 || strings.ContainsAny(token, "\r\n"), "malformed", "the token is not three parts of base64url") // newlines the decoder skips
+	refuseIf(len(parts) != 3 || strings.ContainsAny(token, "\r\n"), 401, "malformed", "the token is not three parts of base64url") // newlines the decoder skips
 	var raw [3][]byte
 	for i, part := range parts {
 		raw[i], err = base64.RawURLEncoding.Strict().DecodeString(part)
-		refuseIf(err != nil, "malformed", "the token is not three parts of unpadded base64url")
+		refuseIf(err != nil, 401, "malformed", "the token is not three parts of unpadded base64url")
 	}
 	var header struct{ Alg string }
-	refuseIf(json.Unmarshal(raw[0], &header) != nil || header.Alg != "HS256", "algorithm", "the token's header does not name HS256")
+	refuseIf(json.Unmarshal(raw[0], &header) != nil || header.Alg != "HS256", 401, "algorithm", "the token's header does not name HS256")
 	mac := hmac.New(sha256.New, s.cfg.key)
 	mac.Write([]byte(token[:strings.LastIndexByte(token, '.')]))
-	refuseIf(!hmac.Equal(raw[2], mac.Sum(nil)), "signature", "the token's signature does not match: jwt_private_key differs between here and seaf-server or Seahub, or one of them was not restarted since it changed")
+	refuseIf(!hmac.Equal(raw[2], mac.Sum(nil)), 401, "signature", "the token's signature does not match: jwt_private_key differs between here and seaf-server or Seahub, or one of them was not restarted since it changed")
 	var c claims
 	err = json.Unmarshal(raw[1], &c)
-	refuseIf(err != nil || c.Expires == nil, "malformed", "the token's claims are not an object with a number as exp: %v", err)
+	refuseIf(err != nil || c.Expires == nil, 401, "malformed", "the token's claims are not an object with a number as exp: %v", err)
 	now := s.unixSeconds()
-	refuseIf(*c.Expires <= now-3600, "expired", "the token expired more than an hour ago")
-	refuseIf(*c.Expires <= now, "expired", "the token expired %.0f s ago: if this goes on, the clocks of this machine and of seaf-server's differ", now-*c.Expires)
+	refuseIf(*c.Expires <= now-3600, 401, "expired", "the token expired more than an hour ago")
+	refuseIf(*c.Expires <= now, 401, "expired", "the token expired %.0f s ago: if this goes on, the clocks of this machine and of seaf-server's differ", now-*c.Expires)
 	if c.NotBefore != nil {
-		refuseIf(*c.NotBefore > now, "not-yet", "the token is valid only in %.0f s: the clocks of this machine and of its maker's differ", *c.NotBefore-now)
+		refuseIf(*c.NotBefore > now, 401, "not-yet", "the token is valid only in %.0f s: the clocks of this machine and of its maker's differ", *c.NotBefore-now)
 	}
 	return c, nil
 }
@@ -412,7 +413,6 @@ const (
 	pingAfter     = 20 * time.Second        // of silence; proxies cut at 50–60 s, browsers do not ping
 	deadAfter     = 60 * time.Second        // without a frame
 	idleLimit     = 2 * time.Minute         // without a subscription
-	expiryBatch   = maxOutbox / 2           // subscriptions of one connection ended in one sweep: all at once could fill its outbox
 	drainTime     = 2800 * time.Millisecond // over which clients are closed at the end, since all come back together
 )
 
@@ -423,15 +423,14 @@ type server struct {
 	cfg        *config
 	clock      clock
 	http       *http.Server
-	ready      chan *conn // with something to write, each at most once; nil ends a writer
 	maxClients int64
 	clients    atomic.Int64 // WebSocket connections, and those about to be
 	metrics
 
 	mu            sync.Mutex // guards all below, and the fields of conn and library that say so
 	libraries     map[string]*library
-	repeats       map[*library]bool // those with an update to be repeated
 	conns         map[*conn]bool
+	batch         []*conn // with something to write, until flush
 	subscriptions int
 }
 
@@ -445,16 +444,11 @@ type library struct { // a repo with at least one subscription; guarded by serve
 func newServer(cfg *config, lg *logger, clk clock) *server {
 	var limit syscall.Rlimit // Go has raised the soft limit to the hard one before main
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
-	clients := max(int(min(limit.Cur, 1<<22))-reservedFiles, 1)
 	s := &server{
-		log: lg, cfg: cfg, clock: clk, maxClients: int64(clients), ready: make(chan *conn, clients+writers),
-		libraries: map[string]*library{}, repeats: map[*library]bool{}, conns: map[*conn]bool{},
+		log: lg, cfg: cfg, clock: clk, maxClients: max(int64(min(limit.Cur, 1<<22))-reservedFiles, 1), libraries: map[string]*library{}, conns: map[*conn]bool{},
 		metrics: metrics{started: clk.wall(), counts: map[[2]string]int{}, said: map[string]time.Duration{}},
 	}
 	s.http = s.httpServer(s)
-	for range writers {
-		go s.writeAll()
-	}
 	return s
 }
 
@@ -486,7 +480,6 @@ func (s *server) unsubscribe(c *conn, chosen func(*library) bool) { // mu must b
 		}
 		if delete(lib.subs, c); len(lib.subs) == 0 {
 			delete(s.libraries, lib.id)
-			delete(s.repeats, lib)
 		}
 		s.subscriptions--
 		return true
@@ -498,13 +491,12 @@ func (s *server) unsubscribe(c *conn, chosen func(*library) bool) { // mu must b
 func (s *server) publish(ev *event, members map[string]bool) int {
 	ev.accepted = s.clock.uptime()
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	defer s.flush()
 	lib := cmp.Or(s.libraries[ev.repoID], &library{updated: -repeatWindow}) // nobody's
 	if ev.replaces != "" {
 		lib.repeat = nil
 		if ev.accepted-lib.updated < repeatWindow {
 			lib.repeat = ev.message
-			s.repeats[lib] = true
 		}
 		lib.updated = ev.accepted
 	}
@@ -517,7 +509,7 @@ func (s *server) publish(ev *event, members map[string]bool) int {
 func (s *server) deliver(lib *library, m *message, wanted func(c *conn, user string) bool) (n int) {
 	now := s.unixSeconds()
 	for c, cl := range lib.subs {
-		if *cl.Expires > now && wanted(c, cl.Username) && c.send(m) {
+		if *cl.Expires > now && wanted(c, cl.Username) && s.queue(c, m) {
 			n++
 			if s.log.level == slog.LevelDebug {
 				s.log.debugf("to %s, user %q: %s", c.name, cl.Username, m.text)
@@ -527,16 +519,37 @@ func (s *server) deliver(lib *library, m *message, wanted func(c *conn, user str
 	return n
 }
 
+// queue sends m to c, and reports whether it was taken. mu must be held, and then ended by flush.
+func (s *server) queue(c *conn, m *message) bool {
+	taken, idle := c.send(m)
+	if idle {
+		s.batch = append(s.batch, c)
+	}
+	return taken
+}
+
+// flush has all written to whom something was queued: a few at once, many by as many goroutines as there are processors.
+func (s *server) flush() {
+	batch := s.batch
+	s.batch = nil
+	s.mu.Unlock()
+	if len(batch) <= 8 {
+		writeAll(batch...)
+		return
+	}
+	for part := range slices.Chunk(batch, len(batch)/runtime.GOMAXPROCS(0)+1) {
+		go writeAll(part...)
+	}
+}
+
 // sweep does each second what time brings about: it repeats updates, ends subscriptions, pings and closes.
 func (s *server) sweep() {
 	uptime, now := s.clock.uptime(), s.unixSeconds()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for lib := range s.repeats {
-		if m := lib.repeat; m == nil {
-			delete(s.repeats, lib)
-		} else if uptime-lib.updated >= repeatDelay {
-			again := *m
+	defer s.flush()
+	for _, lib := range s.libraries {
+		if lib.repeat != nil && uptime-lib.updated >= repeatDelay {
+			again := *lib.repeat
 			again.accepted = uptime
 			s.deliver(lib, &again, func(c *conn, _ string) bool { return c.desktop })
 			lib.repeat = nil
@@ -549,23 +562,23 @@ func (s *server) sweep() {
 			s.log.warnf("%s: closed, since nothing could be written for %v: the client, or the network to it, is stuck", c.name, writeWait)
 			c.abort("stalled")
 		case uptime-heard >= deadAfter:
-			c.send(closing(statusPolicy, "silent", "no frame for 60 s"))
+			s.queue(c, closing(statusPolicy, "silent", "no frame for 60 s"))
 		case len(c.libraries) == 0 && uptime-c.bare >= idleLimit:
-			c.send(closing(statusPolicy, "idle", "no subscription for 2 minutes"))
+			s.queue(c, closing(statusPolicy, "idle", "no subscription for 2 minutes"))
 		case uptime-max(heard, c.pinged) >= pingAfter:
 			c.pinged = uptime
-			c.send(ping)
+			s.queue(c, ping)
 		}
 		if c.expires <= now {
 			ended := 0
 			s.unsubscribe(c, func(lib *library) bool {
 				cl, m := lib.subs[c], expired(lib.id)
-				if *cl.Expires > now || ended == expiryBatch {
+				if *cl.Expires > now || ended == maxOutbox/2 { // all at once could fill the outbox
 					return false
 				}
 				ended++
 				s.log.debugf("to %s, user %q: %s", c.name, cl.Username, m.text)
-				c.send(m)
+				s.queue(c, m)
 				return true
 			})
 		}
@@ -583,13 +596,10 @@ func (s *server) shutdown() {
 	start, gap := time.Now(), min(time.Millisecond, drainTime/time.Duration(len(conns)+1))
 	for i, c := range conns {
 		time.Sleep(time.Until(start.Add(time.Duration(i) * gap)))
-		c.send(closing(statusGoingAway, "shutdown", "the server is restarted"))
+		c.tell(closing(statusGoingAway, "shutdown", "the server is restarted"))
 	}
 	for end := time.Now().Add(closeWait); s.clients.Load() > 0 && time.Now().Before(end); {
 		time.Sleep(2 * time.Millisecond)
-	}
-	for range writers {
-		s.ready <- nil
 	}
 }
 
@@ -636,13 +646,11 @@ func frame(opcode byte, payload []byte) []byte {
 }
 
 var ping, pong = &message{frame: frame(opPing, nil)}, &message{frame: frame(opPong, nil)}
-var writers = runtime.GOMAXPROCS(0) // goroutines that write to all clients, since they never wait for one
-
-func textMessage(text []byte) *message { return &message{frame: frame(opText, text), text: text} }
 
 func expired(repoID string) *message { // tells that the token for a library does not hold (any more)
 	id, _ := json.Marshal(repoID)
-	return textMessage(fmt.Appendf(nil, `{"type":"jwt-expired","content":{"repo_id":%s}}`, id))
+	text := fmt.Appendf(nil, `{"type":"jwt-expired","content":{"repo_id":%s}}`, id)
+	return &message{frame: frame(opText, text), text: text}
 }
 
 // closing ends a connection: why is for the metrics, text for the client. A control frame holds 125 bytes.
@@ -654,6 +662,12 @@ func closing(status int, why, text string) *message {
 	return &message{frame: frame(opClose, payload), text: []byte(text), closes: why}
 }
 
+type incoming interface { // a frame, as x/net/websocket reads it
+	io.Reader // of the payload, unmasked
+	HeaderReader() io.Reader
+	Len() int
+}
+
 type conn struct { // a client's WebSocket connection; one goroutine reads from it
 	server    *server
 	nc        net.Conn
@@ -663,7 +677,7 @@ type conn struct { // a client's WebSocket connection; one goroutine reads from 
 	heard     atomic.Int64  // uptime at the last frame
 	writing   atomic.Int64  // uptime since which a write waits, 0 if none does
 	br        *bufio.Reader // this and the next four are the reader's
-	next      func() (header []byte, payload io.Reader, size int, err error)
+	next      func() (incoming, error)
 	kind      byte          // the opcode of the message of which data is a part, or 0 between messages
 	data      bytes.Buffer  // of its fragments so far
 	refused   int           // subscriptions in a row
@@ -679,13 +693,14 @@ type conn struct { // a client's WebSocket connection; one goroutine reads from 
 	closed    string        // why it is being closed
 }
 
-// send puts m into the outbox and reports whether it was taken; it never waits. A client that is too slow, or that
-// cannot take m, is closed: it must not miss m unknowingly. Behind a close frame comes nothing.
-func (c *conn) send(m *message) (taken bool) {
+// send puts m into the outbox and reports whether it was taken, and whether c is idle: the caller must then see to
+// its being written. A client that is too slow, or that cannot take m, is closed: it must not miss m unknowingly.
+// Behind a close frame comes nothing.
+func (c *conn) send(m *message) (taken, idle bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed != "" {
-		return false
+		return false, false
 	}
 	for i := len(c.outbox) - 1; i > 0 && m.replaces != ""; i-- { // the first is on its way
 		if c.outbox[i].replaces == m.replaces {
@@ -705,23 +720,28 @@ func (c *conn) send(m *message) (taken bool) {
 		c.closed = m.closes
 		c.nc.SetReadDeadline(time.Now().Add(closeWait))
 	}
-	if len(c.outbox) == 0 {
+	if idle = len(c.outbox) == 0; idle {
 		c.outbox = c.one[:0]
 		c.writing.Store(int64(c.server.clock.uptime()))
-		c.server.ready <- c // which has room for all
 	}
 	c.outbox = append(c.outbox, m)
 	c.bytes += len(m.frame)
-	return taken
+	return taken, idle
 }
 
-// writeAll is one of the goroutines that write to all clients. It writes what the kernel has room for; for the rest of
-// a slow client's waits a goroutine of its own, though not for ever (see sweep).
-func (s *server) writeAll() {
+func (c *conn) tell(m *message) {
+	if _, idle := c.send(m); idle {
+		writeAll(c)
+	}
+}
+
+// writeAll writes to idle connections what the kernel has room for. For the rest of a slow client's waits a goroutine
+// of its own, though not for ever (see sweep).
+func writeAll(conns ...*conn) {
 	var data []byte
 	var n int
-	try := func(fd uintptr) bool { n, _ = syscall.Write(int(fd), data); return true } // one for each write would be garbage
-	for c := <-s.ready; c != nil; c = <-s.ready {
+	try := func(fd uintptr) bool { n, _ = syscall.Write(int(fd), data); return true }
+	for _, c := range conns {
 		for data = c.take(0); data != nil; data = c.take(n) {
 			if n = 0; c.raw.Write(try) != nil || n < len(data) { // there is no room; or an error, which will show again
 				c.take(max(n, 0))
@@ -786,12 +806,12 @@ func (c *conn) serve() {
 		if head[0] == 0x80|opPing && head[1] == 0x80 {
 			c.br.Discard(6) // an error shows in the next Peek
 			c.heard.Store(int64(s.clock.uptime()))
-			c.send(pong)
+			c.tell(pong)
 			continue
 		}
 		go func() { done <- c.guard(c.readFrame) }()
 		if m := <-done; m != nil {
-			c.send(m)
+			c.tell(m)
 			io.Copy(io.Discard, c.nc)                          // until the client ends it, or closeWait
 			for i := 0; c.writing.Load() > 0 && i < 500; i++ { // it has ended its half before the frame was written
 				time.Sleep(time.Millisecond)
@@ -833,8 +853,10 @@ func (c *conn) readFrame() {
 		head, _ = c.br.Peek(3)
 		endless = len(head) == 3 && head[2]&0x80 != 0
 	}
-	h, unmasked, size, err := c.next()
+	f, err := c.next()
 	refuseIf(err != nil, statusNo, "gone", "the client is gone")
+	h, _ := io.ReadAll(f.HeaderReader())
+	size := f.Len() - len(h)
 	fin, opcode := h[0]&0x80 != 0, h[0]&0x0f
 	payload, control := &c.data, opcode >= opClose
 	if control {
@@ -846,12 +868,12 @@ func (c *conn) readFrame() {
 	refuseIf(control && (!fin || size > 125 || endless), statusProtocol, "protocol", "a control frame is fragmented or longer than 125 bytes")
 	refuseIf(!control && (opcode == opContinuation) != (c.kind != 0), statusProtocol, "protocol", "a fragment is out of place")
 	refuseIf(endless || size > maxMessageBytes-payload.Len(), statusTooBig, "too-big", "a message is longer than 1 MiB")
-	_, err = io.CopyN(payload, unmasked, int64(size)) // takes memory as the bytes come, not as the header promises
+	_, err = io.CopyN(payload, f, int64(size)) // takes memory as the bytes come, not as the header promises
 	refuseIf(err != nil, statusNo, "gone", "the client is gone")
 	c.heard.Store(int64(c.server.clock.uptime()))
 	switch opcode {
 	case opPing:
-		c.send(&message{frame: frame(opPong, payload.Bytes())})
+		c.tell(&message{frame: frame(opPong, payload.Bytes())})
 	case opClose: // is answered with the client's own status
 		p, status := payload.Bytes(), statusNo
 		if len(p) > 1 {
@@ -890,8 +912,7 @@ func (c *conn) handle(data []byte) {
 	for _, repo := range m.Content.Repos {
 		if m.Type == "unsubscribe" {
 			s.mu.Lock()
-			unwanted := s.libraries[repo.ID]
-			s.unsubscribe(c, func(lib *library) bool { return lib == unwanted })
+			s.unsubscribe(c, func(lib *library) bool { return lib.id == repo.ID })
 			s.mu.Unlock()
 			s.log.debugf("%s: unsubscribed from %q", c.name, repo.ID)
 			continue
@@ -911,7 +932,7 @@ func (c *conn) handle(data []byte) {
 			s.log.warnf("%s: closed after %d refused subscriptions in a row; the last one: %v", c.name, c.refused, err)
 			refuseIf(true, statusPolicy, "refused", "too many refused subscriptions")
 		}
-		c.send(expired(repo.ID))
+		c.tell(expired(repo.ID))
 	}
 }
 
@@ -925,11 +946,8 @@ func (s *server) httpServer(handler http.Handler) *http.Server {
 
 // ServeHTTP ignores repeated and trailing slashes and a leading /notification: each proxy rule in use leaves others.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	parts := strings.FieldsFunc(r.URL.Path, func(c rune) bool { return c == '/' })
-	if len(parts) > 0 && parts[0] == "notification" {
-		parts = parts[1:]
-	}
-	path := strings.Join(parts, "/")
+	path := strings.Join(strings.FieldsFunc(r.URL.Path, func(c rune) bool { return c == '/' }), "/") + "/"
+	path = strings.TrimSuffix(strings.TrimPrefix(path, "notification/"), "/")
 	allow := map[string]string{"": "GET, HEAD", "ping": "GET, HEAD", "events": "POST"}[path]
 	err := func() (err error) {
 		defer catch(&err)
@@ -1023,35 +1041,33 @@ func parseEvent(body []byte) (ev *event, err error) {
 		Content json.RawMessage
 	}
 	var content struct {
-		RepoID string `json:"repo_id"`
+		RepoID     string `json:"repo_id"`
+		Type, User string
+		Group      *int64
 	}
 	err = json.Unmarshal(body, &outer)
 	failIf(err != nil, "the event is not one JSON object: %v", err)
 	failIf(!slices.Contains([]string{"repo-update", "file-lock-changed", "folder-perm-changed", "comment-update"}, outer.Type), "unknown type %.100q", outer.Type)
-	failIf(json.Unmarshal(outer.Content, &content) != nil || content.RepoID == "", "the content is not an object with a repo_id that is a string and not empty")
+	err = json.Unmarshal(outer.Content, &content) // an error shows in the fields
+	failIf(content.RepoID == "", "the content is not an object with a repo_id that is a string and not empty")
 	failIf(!utf8.Valid(body), "the event is not UTF-8")
 	var compact bytes.Buffer
 	json.Compact(&compact, outer.Content)
 	text := fmt.Appendf(nil, `{"type":%q,"content":%s}`, outer.Type, compact.Bytes())
-	ev = &event{message: textMessage(text), kind: outer.Type, repoID: content.RepoID}
+	ev = &event{message: &message{frame: frame(opText, text), text: text}, kind: outer.Type, repoID: content.RepoID}
 	switch ev.kind {
 	case "repo-update":
 		ev.replaces = ev.repoID // only the newest commit matters
 	case "folder-perm-changed":
-		var of struct {
-			Type, User string
-			Group      *int64
+		if content.Group != nil && *content.Group == -1 || content.Type == "user" { // -1 is seaf-server's way of saying none
+			content.Group = nil
 		}
-		err = json.Unmarshal(outer.Content, &of)
-		if of.Group != nil && *of.Group == -1 || of.Type == "user" { // -1 is seaf-server's way of saying none
-			of.Group = nil
+		if content.Type == "group" {
+			content.User = ""
 		}
-		if of.Type == "group" {
-			of.User = ""
-		}
-		failIf(err != nil || (of.User == "") == (of.Group == nil) || !slices.Contains([]string{"user", "group", ""}, of.Type),
+		failIf(err != nil || (content.User == "") == (content.Group == nil) || !slices.Contains([]string{"user", "group", ""}, content.Type),
 			"a folder-perm-changed needs the type user and a user, or the type group and the number of a group")
-		ev.user, ev.group = of.User, of.Group
+		ev.user, ev.group = content.User, content.Group
 	}
 	return ev, nil
 }
@@ -1075,22 +1091,12 @@ func (s *server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 	c.heard.Store(int64(c.bare))
 	r.Header.Set("Connection", "upgrade") // x/net/websocket looks at one line of each only
 	r.Header.Set("Upgrade", "websocket")
-	r.Header.Del("Sec-WebSocket-Protocol")
-	if c.desktop {
-		r.Header.Set("Sec-WebSocket-Protocol", subprotocol) // which is answered; no other is
-	}
+	r.Header["Sec-Websocket-Protocol"] = map[bool][]string{true: {subprotocol}}[c.desktop] // which is answered; no other is
 	websocket.Server{
 		Handshake: func(*websocket.Config, *http.Request) error { return nil },
 		Handler: func(ws *websocket.Conn) {
 			next := ws.NewFrameReader // all that is kept of ws: the request and the buffer for writing are free now
-			c.next = func() (header []byte, payload io.Reader, size int, err error) {
-				f, err := next()
-				if err == nil {
-					header, _ = io.ReadAll(f.HeaderReader())
-					size = f.Len() - len(header)
-				}
-				return header, f, size, err
-			}
+			c.next = func() (incoming, error) { return next() }
 			c.nc.SetWriteDeadline(time.Time{})
 			s.log.debugf("%s: connected", c.name)
 			s.mu.Lock()
@@ -1111,7 +1117,7 @@ type hijacker struct {
 	c *conn
 }
 
-type unclosed struct{ net.Conn }
+type unclosed struct{ net.Conn } // by x/net/websocket
 
 func (unclosed) Close() error { return nil }
 
@@ -1318,11 +1324,7 @@ func runCheck(dir string, urls []string, getenv func(string) string, stdout io.W
 		}
 		return "still there after a ping"
 	})
-	verdict := fmt.Sprintf("It works: a notification takes %v.", took)
-	if status != 0 {
-		verdict = "It does not work for all clients."
-	}
-	fmt.Fprintln(stdout, verdict)
+	fmt.Fprintln(stdout, [...]string{fmt.Sprintf("It works: a notification takes %v.", took), "It does not work for all clients."}[status])
 	return status
 }
 
@@ -1461,13 +1463,12 @@ func (s *server) figures() (lines []string) { // of the metrics, in Prometheus' 
 	statm, _ := os.ReadFile("/proc/self/statm")
 	fmt.Sscan(string(statm), &pages, &resident)
 	s.mu.Lock()
-	conns, subscriptions, libraries := len(s.conns), s.subscriptions, len(s.libraries)
-	s.mu.Unlock()
+	defer s.mu.Unlock()
 	s.counting.Lock()
 	defer s.counting.Unlock()
-	family("seafile_notification_connections", "gauge", "Clients connected by WebSocket.", "", conns)
-	family("seafile_notification_subscriptions", "gauge", "Subscriptions of clients to libraries.", "", subscriptions)
-	family("seafile_notification_libraries", "gauge", "Libraries with at least one subscription.", "", libraries)
+	family("seafile_notification_connections", "gauge", "Clients connected by WebSocket.", "", len(s.conns))
+	family("seafile_notification_subscriptions", "gauge", "Subscriptions of clients to libraries.", "", s.subscriptions)
+	family("seafile_notification_libraries", "gauge", "Libraries with at least one subscription.", "", len(s.libraries))
 	for _, c := range [][3]string{
 		{"events_total", "type", "Events accepted."},
 		{"refused_total", "reason", "Events, subscriptions and clients refused."},

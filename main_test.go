@@ -423,16 +423,22 @@ func buildBinary(t testing.TB) string {
 	return filepath.Join(built.dir, "notification-server")
 }
 
-// freePort returns a port of 127.0.0.1 that nobody listens on.
+var portsGiven atomic.Int64
+
+// freePort returns a port of 127.0.0.1 that nobody listens on and that no outgoing
+// connection is given, so that a server can take it, and take it again, however many
+// clients come and go meanwhile.
 func freePort(t testing.TB) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 1000 {
+		port := fmt.Sprint(12000 + (int64(os.Getpid())*101+portsGiven.Add(1))%20000)
+		if ln, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			ln.Close()
+			return port
+		}
 	}
-	defer ln.Close()
-	_, port, _ := net.SplitHostPort(ln.Addr().String())
-	return port
+	t.Fatal("no port is free")
+	return ""
 }
 
 // writeConfig makes a directory with a seafile.conf for the given port, the key
@@ -2991,23 +2997,6 @@ func raceFactor() float64 {
 	return 1
 }
 
-var portsGiven atomic.Int64
-
-// steadyPort returns a free port of 127.0.0.1 that no outgoing connection is given,
-// so that a server can take it again, however many clients come and go meanwhile.
-func steadyPort(t testing.TB) string {
-	t.Helper()
-	for range 1000 {
-		port := fmt.Sprint(12000 + (int64(os.Getpid())*101+portsGiven.Add(1))%20000)
-		if ln, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
-			ln.Close()
-			return port
-		}
-	}
-	t.Fatal("no port is free")
-	return ""
-}
-
 // A metered is the real binary, with metrics.
 type metered struct {
 	*process
@@ -3019,7 +3008,7 @@ type metered struct {
 // files where one is given.
 func startMetered(t testing.TB, files int, args ...string) *metered {
 	t.Helper()
-	port, metrics := steadyPort(t), "127.0.0.1:"+steadyPort(t)
+	port, metrics := freePort(t), "127.0.0.1:"+freePort(t)
 	m := &metered{addr: "127.0.0.1:" + port, metrics: metrics, dir: writeConfig(t, port, "metrics = "+metrics)}
 	args = append([]string{"-c", m.dir}, args...)
 	t.Cleanup(func() { // the detector of races in the server can only write
@@ -3812,7 +3801,7 @@ func TestAllClientSlotsTaken(t *testing.T) {
 
 func TestSoftLimitIsRaised(t *testing.T) {
 	t.Parallel()
-	port := steadyPort(t)
+	port := freePort(t)
 	p := start(t, nil, "sh", "-c", `ulimit -n 1000; ulimit -S -n 256; exec "$0" "$@"`, buildBinary(t), "-c", writeConfig(t, port))
 	p.waitPing("127.0.0.1:" + port)
 	clients := 0
@@ -4040,7 +4029,7 @@ func TestFloods(t *testing.T) {
 
 func TestKillAndRestart(t *testing.T) {
 	t.Parallel()
-	port := steadyPort(t)
+	port := freePort(t)
 	addr, dir := "127.0.0.1:"+port, writeConfig(t, port)
 	s := startBinary(t, port, nil, "-c", dir)
 	clients := make([]*client, howMany(1000, 300))
@@ -4082,7 +4071,7 @@ func TestKillAndRestart(t *testing.T) {
 
 func TestSeafServerFaults(t *testing.T) {
 	t.Parallel()
-	port := steadyPort(t)
+	port := freePort(t)
 	addr, dir := "127.0.0.1:"+port, writeConfig(t, port)
 	socket := filepath.Join(dir, "../seafile-data/seafile.sock")
 	if err := os.Mkdir(filepath.Dir(socket), 0o755); err != nil {
@@ -4185,7 +4174,7 @@ func TestLogThatCannotBeWritten(t *testing.T) {
 	}
 	t.Run("the disk is full", func(t *testing.T) {
 		t.Parallel()
-		port := steadyPort(t)
+		port := freePort(t)
 		dir := writeConfig(t, port, "log_level = debug")
 		path := filepath.Join(dir, "log")
 		if err := os.Symlink("/dev/full", path); err != nil {
@@ -4215,7 +4204,7 @@ func TestLogThatCannotBeWritten(t *testing.T) {
 	})
 	t.Run("its directory is gone", func(t *testing.T) {
 		t.Parallel()
-		port := steadyPort(t)
+		port := freePort(t)
 		dir := writeConfig(t, port, "log_level = debug")
 		logs := filepath.Join(t.TempDir(), "logs")
 		if err := os.Mkdir(logs, 0o755); err != nil {
@@ -4242,7 +4231,7 @@ func TestLogThatCannotBeWritten(t *testing.T) {
 	})
 	t.Run("its directory was never there", func(t *testing.T) {
 		t.Parallel()
-		port := steadyPort(t)
+		port := freePort(t)
 		dir := writeConfig(t, port)
 		p := startBinary(t, port, nil, "-c", dir, "-l", filepath.Join(dir, "none/notification-server.log"))
 		serves(t, "127.0.0.1:"+port)
@@ -4254,7 +4243,7 @@ func TestLogThatCannotBeWritten(t *testing.T) {
 // An hour forth, and an hour back: connections stay, and tokens hold by the time of day.
 func TestClockJumps(t *testing.T) {
 	t.Parallel()
-	port, fault := steadyPort(t), filepath.Join(t.TempDir(), "clock")
+	port, fault := freePort(t), filepath.Join(t.TempDir(), "clock")
 	setFault(t, fault, "0s")
 	startSelf(t, fault, port, "-c", writeConfig(t, port))
 	addr := "127.0.0.1:" + port
@@ -4296,7 +4285,7 @@ func TestClockJumps(t *testing.T) {
 
 func TestPanicInOneHandler(t *testing.T) {
 	t.Parallel()
-	port, fault := steadyPort(t), filepath.Join(t.TempDir(), "clock")
+	port, fault := freePort(t), filepath.Join(t.TempDir(), "clock")
 	p := startSelf(t, fault, port, "-c", writeConfig(t, port))
 	addr := "127.0.0.1:" + port
 	neighbour := connect(t, addr, asDesktop).subscribed(repoA, "alice@example.com")
@@ -4475,7 +4464,7 @@ func TestMetricsAddress(t *testing.T) {
 	}
 	t.Run("off by default", func(t *testing.T) {
 		t.Parallel()
-		port := steadyPort(t)
+		port := freePort(t)
 		p := startBinary(t, port, nil, "-c", writeConfig(t, port))
 		sockets, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.Process.Pid))
 		if err != nil {
@@ -4504,7 +4493,7 @@ func TestMetricsAddress(t *testing.T) {
 	})
 	t.Run("the environment comes first", func(t *testing.T) {
 		t.Parallel()
-		port, file, env := steadyPort(t), "127.0.0.1:"+steadyPort(t), "127.0.0.1:"+steadyPort(t)
+		port, file, env := freePort(t), "127.0.0.1:"+freePort(t), "127.0.0.1:"+freePort(t)
 		startBinary(t, port, []string{"NOTIFICATION_SERVER_METRICS=" + env}, "-c", writeConfig(t, port, "metrics = "+file))
 		if _, ok := scrape(t, env)["connections"]; !ok || listens(file) {
 			t.Error("the metrics are not where NOTIFICATION_SERVER_METRICS says, or not only there")
@@ -4516,7 +4505,7 @@ func TestMetricsAddress(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			port := steadyPort(t)
+			port := freePort(t)
 			if tc.metrics == "" {
 				tc.metrics = "127.0.0.1:" + port
 			}
