@@ -824,9 +824,9 @@ func (c *conn) serve() {
 	s.unsubscribe(c, func(*library) bool { return true })
 	delete(s.conns, c)
 	s.mu.Unlock()
-	s.clients.Add(-1)
 	s.count("closed_total", why)
 	s.log.debugf("%s: disconnected: %s", c.name, why)
+	s.clients.Add(-1)
 }
 
 // guard returns what c is to be closed with, if f refuses what came from it. A panic in f ends c alone.
