@@ -5033,7 +5033,7 @@ func TestBrowser(t *testing.T) {
 		waitFor(t, fmt.Sprintf("the page shows %q", want), func() bool { return slices.Equal(lines(), want) })
 	}
 	dir := t.TempDir()
-	chromium := start(t, []string{"HOME=" + dir}, "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+	chromium := start(t, []string{"HOME=" + dir, "TMPDIR=" + dir}, "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
 		"--no-first-run", "--disable-background-networking", "--user-data-dir="+dir, "--remote-debugging-port=0", "http://"+px.addr+"/library")
 	t.Cleanup(func() { stopWhole(chromium) })
 	waitSubscriptions(t, s, 1)
