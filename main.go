@@ -27,10 +27,9 @@
 // seaf-server is asked for the members of groups. SEAFILE_LOG_TO_STDOUT=true logs to
 // standard output. SIGUSR1 opens the log anew, SIGUSR2 writes the metrics to it.
 //
-// -check does all that seaf-server and a client do, at the URL by which clients
-// come, or without one at host and port. With a URL for each server of a cluster,
-// an event posted once, to the URL in INNER_NOTIFICATION_SERVER_URL or to host
-// and port, must reach them all. A good run, and the begin of a bad one:
+// -check does all that seaf-server and a client do, at the URL by which clients come, or
+// at host and port. With a URL for each server of a cluster, an event posted once, to
+// INNER_NOTIFICATION_SERVER_URL or host and port, must reach all. A good and a bad run:
 //
 //	✓ configuration: conf/seafile.conf
 //	✓ ping: http://127.0.0.1:8083/ping answers pong
@@ -133,10 +132,10 @@ func catch(err *error) {
 // run returns the exit status: 0 after a stop or if disabled, 1 if the server cannot run, 2 for wrong flags.
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer, clk clock) int {
 	manual, _, _ := strings.Cut(source, "package main")
-	manual = strings.ReplaceAll(strings.ReplaceAll(manual, "//\t", "  "), "//", "")
+	manual = strings.NewReplacer("\n//\t", "\n  ", "\n// ", "\n", "\n//", "\n").Replace("\n" + manual)[1:]
 	flags := flag.NewFlagSet("notification-server", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	usage := manual[strings.Index(manual, " Usage:"):strings.Index(manual, " DIR holds")]
+	usage := manual[strings.Index(manual, "Usage:"):strings.Index(manual, "DIR holds")]
 	flags.Usage = func() { fmt.Fprint(stderr, usage) }
 	dir := flags.String("c", "", "")
 	logFile := flags.String("l", "-", "")
@@ -146,6 +145,9 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer, cl
 	switch err := flags.Parse(args); {
 	case err != nil: // and flags has said so
 		return 2
+	case flags.NArg() > 0 && !*check, *dir == "" && !*help && !*version:
+		fmt.Fprintf(stderr, "notification-server: -c DIR is missing, or %q is too much\n%s", flags.Args(), usage)
+		return 2
 	case *help:
 		fmt.Fprint(stdout, manual)
 		return 0
@@ -153,9 +155,6 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer, cl
 		info, _ := debug.ReadBuildInfo()
 		fmt.Fprintln(stdout, "notification-server", info.Main.Version, info.GoVersion)
 		return 0
-	case *dir == "" || flags.NArg() > 0 && !*check:
-		fmt.Fprintf(stderr, "notification-server: -c DIR is missing, or %q is too much\n%s", flags.Args(), usage)
-		return 2
 	case *check:
 		return runCheck(*dir, flags.Args(), getenv, stdout)
 	}
@@ -172,12 +171,13 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer, cl
 
 func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err error) { // until it is stopped
 	defer catch(&err)
+	signal.Ignore(syscall.SIGPIPE) // or Go would end here when standard error has nobody who reads it
 	cfg, err := loadConfig(dir, getenv)
 	failIf(err != nil, "%v", err)
-	lg.level = cfg.level
 	for _, w := range cfg.warnings {
 		lg.warnf("%s", w)
 	}
+	lg.level = cfg.level
 	if !cfg.enabled {
 		lg.infof("the notification server is disabled in %s: enabled = false", cfg.file)
 		return nil
@@ -185,12 +185,13 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGUSR1, syscall.SIGUSR2)
 	ln, s := listen(cfg, getenv), newServer(cfg, lg, clk)
+	metrics := ln // or its own port
 	if cfg.metrics != "" {
-		mln, err := net.Listen("tcp", cfg.metrics)
-		failIf(err != nil, "cannot serve metrics: %v", err)
+		metrics, err = net.Listen("tcp", cfg.metrics)
+		failIf(err != nil, "cannot serve metrics: %v: set metrics to an address of this machine with a port that is free", err)
 		mux := http.NewServeMux()
 		mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, strings.Join(s.figures(), "\n")) })
-		go s.httpServer(mux).Serve(mln)
+		go s.httpServer(mux).Serve(metrics)
 	}
 	lg.infof("started on %s; configuration: %s; group members are asked of %s; at most %d clients, by the limit of open files",
 		ln.Addr(), cfg.source, cmp.Or(cfg.socket(), "seafile.sock, which is not there yet: "+strings.Join(cfg.sockets, ", ")), s.maxClients)
@@ -198,9 +199,8 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 	go func() { served <- s.http.Serve(ln) }()
 	sdNotify(getenv, "READY=1")
 	watchdog, _ := strconv.Atoi(getenv("WATCHDOG_USEC"))
-	half, alive := time.Duration(watchdog)*time.Microsecond/2, time.Now()
 	mem, kept := runtime.MemStats{}, uint64(math.MaxUint64)
-	for tick := time.Tick(time.Second); ; {
+	for tick, half := time.Tick(time.Second), time.Tick(time.Duration(watchdog)*time.Microsecond/2); ; { // nil for 0
 		select {
 		case <-tick:
 			s.sweep()
@@ -210,11 +210,10 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 				debug.FreeOSMemory() // what a flood has left, Go alone gives back only after 2 minutes
 				kept = math.MaxUint64
 			}
-			if half > 0 && time.Since(alive) >= half-time.Second {
-				s.publish(&event{message: &message{}}, nil) // takes the locks that each event takes: a stuck one ends this
-				alive = time.Now()
-				sdNotify(getenv, "WATCHDOG=1")
-			}
+		case <-half: // of the watchdog's time
+			s.publish(&event{message: &message{}}, nil) // with figures takes the locks that each event takes: a stuck one ends this
+			s.figures()
+			sdNotify(getenv, "WATCHDOG=1")
 		case err := <-served:
 			return fmt.Errorf("cannot accept connections on %s any more: %w", ln.Addr(), err)
 		case sig := <-signals:
@@ -226,6 +225,7 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 			default:
 				lg.infof("stopping on signal %q", sig)
 				sdNotify(getenv, "STOPPING=1")
+				metrics.Close()
 				ln.Close()                         // frees the port
 				time.Sleep(100 * time.Millisecond) // net/http drops requests that it has not read when it shuts down
 				s.shutdown()
@@ -246,7 +246,7 @@ func listen(cfg *config, getenv func(string) string) net.Listener {
 		return ln
 	}
 	ln, err := (&net.ListenConfig{KeepAlive: -1}).Listen(context.Background(), "tcp", net.JoinHostPort(cfg.host, cfg.port)) // no probes: the server pings
-	failIf(errors.Is(err, syscall.EADDRINUSE), "cannot listen: %v: another server, or an earlier start of this one, holds the port: stop it first (pkill -f notification-server), or change port", err)
+	failIf(errors.Is(err, syscall.EADDRINUSE), "cannot listen: %v: another server, or an earlier start of this one, holds the port: stop it first (pkill -f \"notification-server -c\"), or change port", err)
 	failIf(errors.Is(err, syscall.EADDRNOTAVAIL), "cannot listen: %v: this machine has no such address: set host to one of its own or to 0.0.0.0; in a cluster, start the server on that node only", err)
 	failIf(err != nil, "cannot listen: %v: check host and port, and that this user may use them", err)
 	return ln
@@ -346,7 +346,7 @@ func parseConfig(file, data string) (settings map[string]setting, err error) {
 		case line == "" || line[0] == '#' || line[0] == ';':
 		case line[0] == '[':
 			whole := line[len(line)-1] == ']'
-			failIf(!whole && (ours || strings.HasPrefix(line, "[notification")), "%s: a section header must end with its bracket, as in [notification], and nothing behind it", where)
+			failIf(!whole && (ours || strings.HasPrefix(strings.TrimSpace(line[1:]), "notification")), "%s: a section header must end with its bracket, as in [notification], and nothing behind it", where)
 			ours = whole && strings.TrimSpace(line[1:len(line)-1]) == "notification"
 		case ours:
 			failIf(!found || line[0] == '=', "%s: neither \"key = value\" nor a comment (a line that begins with # or ;): correct or remove it", where)
@@ -370,7 +370,7 @@ func (cfg *config) socket() string {
 // claims are what a token says. Each subscription has its own: one connection can carry several accounts.
 type claims struct {
 	Expires   *float64 `json:"exp"` // Unix time in seconds
-	NotBefore *float64 `json:"nbf"`
+	NotBefore float64  `json:"nbf"`
 	RepoID    string   `json:"repo_id"`
 	Username  string   `json:"username"`
 }
@@ -398,9 +398,7 @@ func (s *server) verify(token string) (_ claims, err error) {
 	now := s.unixSeconds()
 	refuseIf(*c.Expires <= now-3600, 401, "expired", "the token expired more than an hour ago")
 	refuseIf(*c.Expires <= now, 401, "expired", "the token expired %.0f s ago: if this goes on, the clocks of this machine and of seaf-server's differ", now-*c.Expires)
-	if c.NotBefore != nil {
-		refuseIf(*c.NotBefore > now, 401, "not-yet", "the token is valid only in %.0f s: the clocks of this machine and of its maker's differ", *c.NotBefore-now)
-	}
+	refuseIf(c.NotBefore > now, 401, "not-yet", "the token is valid only in %.0f s: the clocks of this machine and of its maker's differ", c.NotBefore-now)
 	return c, nil
 }
 
@@ -446,7 +444,7 @@ func newServer(cfg *config, lg *logger, clk clock) *server {
 	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
 	s := &server{
 		log: lg, cfg: cfg, clock: clk, maxClients: max(int64(min(limit.Cur, 1<<22))-reservedFiles, 1), libraries: map[string]*library{}, conns: map[*conn]bool{},
-		metrics: metrics{started: clk.wall(), counts: map[[2]string]int{}, said: map[string]time.Duration{}},
+		metrics: metrics{started: clk.wall(), counts: map[[2]string]int{}, quiet: map[string]time.Duration{}},
 	}
 	s.http = s.httpServer(s)
 	return s
@@ -669,28 +667,26 @@ type incoming interface { // a frame, as x/net/websocket reads it
 }
 
 type conn struct { // a client's WebSocket connection; what an event needs is together at its begin: 3 % less time for 10,000
-	server    *server
-	raw       syscall.RawConn
-	desktop   bool          // speaks the subprotocol
-	writing   atomic.Int64  // uptime since which a write waits, 0 if none does
-	mu        sync.Mutex    // guards the next five; not held while writing
-	outbox    []*message    // the first is being written
-	one       [1]*message   // the outbox of one message, the common case
-	bytes     int           // in outbox
-	written   int           // of the first
-	closed    string        // why it is being closed
-	nc        net.Conn      // of raw
-	name      string        // its address, for the log
-	heard     atomic.Int64  // uptime at the last frame
-	br        *bufio.Reader // this and the next four are the goroutine's that reads
-	next      func() (incoming, error)
-	kind      byte          // the opcode of the message of which data is a part, or 0 between messages
-	data      bytes.Buffer  // of its fragments so far
-	refused   int           // subscriptions in a row
-	libraries []*library    // subscribed to; this and the next three are guarded by server.mu
-	expires   float64       // of the first subscription to expire
-	bare      time.Duration // uptime since which there is no subscription
-	pinged    time.Duration // uptime of our last ping
+	server         *server
+	raw            syscall.RawConn
+	desktop        bool          // speaks the subprotocol
+	writing        atomic.Int64  // uptime since which a write waits, 0 if none does
+	mu             sync.Mutex    // guards all down to closed; not held while writing
+	outbox         []*message    // the first is being written
+	one            [1]*message   // the outbox of one message, the common case
+	bytes, written int           // in outbox; of its first
+	closed         string        // why it is being closed
+	nc             net.Conn      // of raw
+	name           string        // its address, for the log
+	heard          atomic.Int64  // uptime at the last frame
+	br             *bufio.Reader // this and the next four are the goroutine's that reads
+	next           func() (incoming, error)
+	kind           byte          // the opcode of the message of which data is a part, or 0 between messages
+	data           bytes.Buffer  // of its fragments so far
+	refused        int           // subscriptions in a row
+	libraries      []*library    // subscribed to; this and the next two are guarded by server.mu
+	expires        float64       // of the first subscription to expire
+	bare, pinged   time.Duration // uptime since which there is no subscription, and of our last ping
 }
 
 // send puts m into the outbox and reports whether it was taken, and whether c is idle: the caller must then see to
@@ -868,7 +864,12 @@ func (c *conn) readFrame() {
 	refuseIf(control && (!fin || size > 125 || endless), statusProtocol, "protocol", "a control frame is fragmented or longer than 125 bytes")
 	refuseIf(!control && (opcode == opContinuation) != (c.kind != 0), statusProtocol, "protocol", "a fragment is out of place")
 	refuseIf(endless || size > maxMessageBytes-payload.Len(), statusTooBig, "too-big", "a message is longer than 1 MiB")
-	_, err = io.CopyN(payload, f, int64(size)) // takes memory as the bytes come, not as the header promises
+	for n := size; n > 0 && err == nil; n -= 64 << 10 { // takes memory as the bytes come, not as the header promises
+		if payload.Len() > maxMessageBytes/8 { // doubled, it could become 2 MiB
+			payload.Grow(maxMessageBytes + bytes.MinRead - payload.Len())
+		}
+		_, err = io.CopyN(payload, f, int64(min(n, 64<<10)))
+	}
 	refuseIf(err != nil, statusNo, "gone", "the client is gone")
 	c.heard.Store(int64(c.server.clock.uptime()))
 	switch opcode {
@@ -932,6 +933,7 @@ func (c *conn) handle(data []byte) {
 			s.log.warnf("%s: closed after %d refused subscriptions in a row; the last one: %v", c.name, c.refused, err)
 			refuseIf(true, statusPolicy, "refused", "too many refused subscriptions")
 		}
+		s.log.debugf("to %s: %s", c.name, expired(repo.ID).text)
 		c.tell(expired(repo.ID))
 	}
 }
@@ -940,7 +942,7 @@ func (c *conn) handle(data []byte) {
 
 // httpServer cuts off who is slow. Idle connections stay longer than in the senders' pools: 90 s (Go), 118 s (libcurl).
 func (s *server) httpServer(handler http.Handler) *http.Server {
-	return &http.Server{Handler: handler, MaxHeaderBytes: 16 << 10, ErrorLog: log.New(s.log, "", 0),
+	return &http.Server{Handler: handler, MaxHeaderBytes: 16 << 10, DisableGeneralOptionsHandler: true, ErrorLog: log.New(s.log, "", 0),
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 20 * time.Second, WriteTimeout: 20 * time.Second, IdleTimeout: 3 * time.Minute}
 }
 
@@ -987,10 +989,13 @@ func peer(r *http.Request) string { // gives a client's address, and what a prox
 func (s *server) refused(what, from string, p *problem) { // counts it, and logs it once a minute for each reason
 	uptime := s.clock.uptime()
 	s.counting.Lock()
-	defer s.counting.Unlock()
 	s.counts[[2]string{"refused_total", p.reason}]++
-	if last, said := s.said[p.reason]; !said || uptime-last >= time.Minute {
-		s.said[p.reason] = uptime
+	quiet := uptime < s.quiet[p.reason]
+	if !quiet {
+		s.quiet[p.reason] = uptime + time.Minute
+	}
+	s.counting.Unlock() // before a write that may not end
+	if !quiet {
 		s.log.warnf("%s from %s refused: %s (said once a minute)", what, from, p.text)
 	}
 }
@@ -1118,8 +1123,7 @@ type hijacker struct {
 }
 
 type unclosed struct{ net.Conn } // by x/net/websocket
-
-func (unclosed) Close() error { return nil }
+func (unclosed) Close() error    { return nil }
 
 func (h hijacker) Hijack() (nc net.Conn, rw *bufio.ReadWriter, err error) {
 	if nc, rw, err = h.ResponseWriter.(http.Hijacker).Hijack(); err != nil {
@@ -1171,14 +1175,10 @@ func readMembers(r io.Reader) (_ map[string]bool, err error) {
 		Text string `json:"err_msg"`
 	}
 	var size uint32
-	var data bytes.Buffer
-	if err = binary.Read(r, binary.LittleEndian, &size); err == nil {
-		failIf(size > maxReplyBytes, "seaf-server's answer cannot have %d bytes", size)
-		_, err = io.CopyN(&data, r, int64(size))
-	}
-	if err == nil {
-		err = json.Unmarshal(data.Bytes(), &reply)
-	}
+	headless := binary.Read(r, binary.LittleEndian, &size)
+	failIf(size > maxReplyBytes, "seaf-server's answer cannot have %d bytes", size)
+	data, err := io.ReadAll(io.LimitReader(r, int64(size)))
+	err = cmp.Or(headless, err, json.Unmarshal(data, &reply))
 	failIf(err != nil, "seaf-server does not answer as it should: %v", err)
 	failIf(reply.Code != 0 || reply.Text != "", "seaf-server answers with error %d, %q", reply.Code, reply.Text)
 	if reply.Ret == nil { // null means not known, never nobody
@@ -1411,8 +1411,8 @@ func (lg *logger) printf(level slog.Level, format string, args ...any) {
 	if level < lg.level {
 		return
 	}
-	name, text := strings.Replace(level.String(), "WARN", "WARNING", 1), fmt.Sprintf(format, args...)
-	text = fmt.Sprintf("%s[%s] [%s] %s\n", lg.prefix, time.Now().Format(time.DateTime), name, text)
+	name := strings.Replace(level.String(), "WARN", "WARNING", 1)
+	text := fmt.Sprintf("%s[%s] [%s] %s\n", lg.prefix, time.Now().Format(time.DateTime), name, fmt.Sprintf(format, args...))
 	lg.mu.Lock()
 	defer lg.mu.Unlock()
 	_, err := io.WriteString(lg.out, text)
@@ -1433,7 +1433,7 @@ type metrics struct {
 	counts   map[[2]string]int        // by name and value of the label
 	buckets  [len(bounds) + 1]int     // deliveries by the time they took
 	seconds  float64                  // of all deliveries
-	said     map[string]time.Duration // uptime at the last warning of a reason for a refusal
+	quiet    map[string]time.Duration // uptime until which refusals for a reason are not logged
 }
 
 var bounds = [...]float64{.001, .005, .01, .05, .1, .5, 1, 5, 30} // of the buckets of delivery_seconds

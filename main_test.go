@@ -840,6 +840,7 @@ func TestCommandLine(t *testing.T) {
 		{"help", "-h", 0, `(?s)Usage:.*notification-server -c DIR \[-l FILE\].*-version.*seafile\.conf.*NOTIFICATION_SERVER_HOST.*jwt_private_key`, `^$`},
 		{"unknown flag", "-c x -pidfile y", 2, `^$`, `(?s)-pidfile.*Usage:.*-l FILE`},
 		{"argument", "-c x extra", 2, `^$`, `(?s)"extra".*Usage:.*-l FILE`},
+		{"argument of another flag", "-version extra", 2, `^$`, `(?s)"extra".*Usage:.*-l FILE`},
 		{"no flags", "", 2, `^$`, `(?s)-c DIR is missing.*Usage:.*-l FILE`},
 		{"flag without its value", "-c x -l", 2, `^$`, `(?s)-l.*Usage:.*-l FILE`},
 	} {
@@ -959,6 +960,7 @@ func TestConfigErrors(t *testing.T) {
 		{"no key before the =", ok + "\n= " + secret, nil, `seafile\.conf:4: .*comment.*(correct|remove)`},
 		{"CRLF counts lines alike", strings.ReplaceAll(ok, "\n", "\r\n") + "\r\n" + secret, nil, `seafile\.conf:4: `},
 		{"our header without bracket", "# c\n[notification\njwt_private_key = " + secret + "\n", nil, `seafile\.conf:2: .*bracket.*\[notification\]`},
+		{"our header with a space and without bracket", "[ notification\njwt_private_key = " + secret + "\n", nil, `seafile\.conf:1: .*bracket.*\[notification\]`},
 		{"next header without bracket", ok + "[" + secret + "\n", nil, `seafile\.conf:3: .*bracket`},
 		{"no section", "[database]\nx = y\n", nil, noKey},
 		{"no key", "[notification]\nenabled = true\n", nil, noKey},
@@ -1128,7 +1130,7 @@ func TestKeyWarnings(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			port := freePort(t)
-			p := startBinary(t, port, nil, "-c", confDir(t, "[notification]\njwt_private_key = "+c.key+"\nhost = 127.0.0.1\nport = "+port+"\n"))
+			p := startBinary(t, port, nil, "-c", confDir(t, "[notification]\njwt_private_key = "+c.key+"\nlog_level = error\nhost = 127.0.0.1\nport = "+port+"\n"))
 			p.terminate()
 			log := p.out.String()
 			if strings.Contains(log, "WARNING") != (c.want != "") || !regexp.MustCompile(c.want).MatchString(log) || strings.Contains(log, c.key) {
@@ -1275,6 +1277,15 @@ func TestPaths(t *testing.T) {
 		if answer, _ := request(t, "GET", "http://"+s.addr+path, ""); answer.StatusCode != 404 {
 			t.Errorf("%s answered %s", path, answer.Status)
 		}
+	}
+	nc, err := net.Dial("tcp", s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	io.WriteString(nc, "OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+	if answer, _ := io.ReadAll(nc); !strings.HasPrefix(string(answer), "HTTP/1.1 404 ") {
+		t.Errorf("OPTIONS * is answered %q", answer)
 	}
 	for path, allow := range map[string]string{"/ping": "GET, HEAD", "/events": "POST", "/": "GET, HEAD"} {
 		for _, method := range []string{"GET", "POST", "PUT", "DELETE", "OPTIONS"} {
@@ -1983,7 +1994,7 @@ func TestGroupMembersUnknown(t *testing.T) {
 		{"hangs", hang, "seaf-server does not answer.*timeout"},
 		{"half a length", func(nc net.Conn) { io.WriteString(nc, "\x7f\x00"); hang(nc) }, "timeout"},
 		{"half an answer, then hangs", func(nc net.Conn) { io.WriteString(nc, capturedMembers[:40]); hang(nc) }, "timeout"},
-		{"half an answer, then closes", raw(capturedMembers[:40]), "EOF"},
+		{"half an answer, then closes", raw(capturedMembers[:40]), "unexpected end of JSON"},
 		{"drips", func(nc net.Conn) {
 			for i := range len(capturedMembers) {
 				if _, err := nc.Write([]byte{capturedMembers[i]}); err != nil {
@@ -2560,6 +2571,7 @@ func TestDebugLog(t *testing.T) {
 		`\[DEBUG\] ` + addr + `: connected`,
 		`\[DEBUG\] ` + addr + `: subscribed to "` + repoA + `", user "alice@example\.com\\n`,
 		`\[DEBUG\] to ` + addr + `, user "alice@example\.com\\n.*": ` + regexp.QuoteMeta(update(repoA, "a1")),
+		`\[DEBUG\] to ` + addr + `: {"type":"jwt-expired","content":{"repo_id":"x\\n`,
 		`\[DEBUG\] ` + addr + `: unsubscribed from "` + repoA + `"`,
 		`\[DEBUG\] ` + addr + `: disconnected`,
 		`\[DEBUG\] ` + regexp.QuoteMeta(direct.nc.LocalAddr().String()) + `: connected`,
@@ -4212,6 +4224,25 @@ func TestLogThatCannotBeWritten(t *testing.T) {
 			t.Errorf("exit status %d", status)
 		}
 	})
+	t.Run("and nobody reads standard error any more", func(t *testing.T) {
+		t.Parallel()
+		port := freePort(t)
+		dir := writeConfig(t, port, "log_level = debug")
+		read, written, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		read.Close()
+		cmd := exec.Command(buildBinary(t), "-c", dir, "-l", "/dev/full")
+		cmd.Stderr = written
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		written.Close()
+		t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+		waitFor(t, "the server answers", func() bool { return pings("127.0.0.1:" + port) })
+		serves(t, "127.0.0.1:"+port)
+	})
 	t.Run("its directory is gone", func(t *testing.T) {
 		t.Parallel()
 		port := freePort(t)
@@ -4508,7 +4539,7 @@ func TestMetricsAddress(t *testing.T) {
 	})
 	for _, tc := range []struct{ name, metrics, says string }{
 		{"not an address", "9083", "metrics must be HOST:PORT, as in 127.0.0.1:9083, not \"9083\""},
-		{"the public port", "", "cannot serve metrics: "},
+		{"the public port", "", "address already in use: set metrics to an address of this machine with a port that is free"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -5501,6 +5532,9 @@ func TestCheckShown(t *testing.T) {
 			t.Errorf("%s shows no bad run", where)
 		}
 	}
+	if !strings.Contains(help.out.String(), "\n  ✓ ping: http://127.0.0.1:8083/ping answers pong\n") || regexp.MustCompile(`(?m)^ \S|//[\t ]`).MatchString(help.out.String()) {
+		t.Errorf("-h shows the manual with the marks of a comment, or without what belongs to it: %s", help.out)
+	}
 }
 
 // In a cluster an event posted once must reach every server.
@@ -5747,7 +5781,7 @@ func TestStopFreesThePortFirst(t *testing.T) {
 	t.Parallel()
 	const clients = 1000
 	port := freePort(t)
-	addr, dir := "127.0.0.1:"+port, writeConfig(t, port)
+	addr, dir := "127.0.0.1:"+port, writeConfig(t, port, "metrics = 127.0.0.1:"+freePort(t)) // which is free, too
 	first := startBinary(t, port, nil, "-c", dir)
 	var mu sync.Mutex
 	var closed []time.Time
@@ -5941,6 +5975,47 @@ func TestWatchdogOfAStuckServer(t *testing.T) {
 	if state := nextState(t, states, patient); state != "WATCHDOG=1" {
 		t.Errorf("told %q, want WATCHDOG=1", state)
 	}
+}
+
+// A refused request whose line in the log cannot be written keeps nobody else's waiting.
+func TestLogThatNobodyReads(t *testing.T) {
+	t.Parallel()
+	unread, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	port, metrics := freePort(t), "127.0.0.1:"+freePort(t)
+	cmd := exec.Command(buildBinary(t), "-c", writeConfig(t, port, "metrics = "+metrics))
+	cmd.Stderr = out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait(); unread.Close(); out.Close() })
+	addr := "127.0.0.1:" + port
+	waitFor(t, "the server answers", func() bool { return pings(addr) })
+	c := connect(t, addr, asBrowser).subscribed(repoA, "alice@example.com")
+	full, err := syscall.Open(fmt.Sprintf("/proc/self/fd/%d", out.Fd()), syscall.O_WRONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for size := 4096; size > 0; size /= 4096 { // by pages, then the rest
+		for err = nil; err == nil; _, err = syscall.Write(full, make([]byte, size)) {
+		}
+	}
+	syscall.Close(full)
+	nc, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	io.WriteString(nc, "GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+	waitFor(t, "it is refused", func() bool { return scrape(t, metrics)[`refused_total{reason="not-found"}`] == 1 })
+	nc.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+	if n, err := nc.Read(make([]byte, 1)); n > 0 || !os.IsTimeout(err) {
+		t.Errorf("the line was logged: the pipe is not full (%v)", err)
+	}
+	post(t, addr, update(repoA, "1"), 1)
+	c.expect(opText, update(repoA, "1"))
 }
 
 // ---- The rules and units of README.md ----
