@@ -3301,6 +3301,23 @@ func TestStuckClientIsClosed(t *testing.T) {
 	for n := range events {
 		post(t, s.addr, numbered(repoA, n, 16<<10), 2)
 	}
+	waiting := func() (n int) { // bytes that the kernel has not taken
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for c := range s.conns {
+			c.mu.Lock()
+			n += c.bytes - c.written
+			c.mu.Unlock()
+		}
+		return n
+	}
+	last, since := waiting(), time.Now()
+	waitFor(t, "the kernel takes no more", func() bool { // it can acknowledge, and so make room, 200 ms late
+		if n := waiting(); n != last {
+			last, since = n, time.Now()
+		}
+		return time.Since(since) > time.Second
+	})
 	s.time.advance(writeWait - time.Second)
 	s.sweep()
 	if n := subscribers(t, s.addr, numbered(repoA, events, 0)); n != 2 {
