@@ -1177,8 +1177,8 @@ func readMembers(r io.Reader) (_ map[string]bool, err error) {
 	var size uint32
 	headless := binary.Read(r, binary.LittleEndian, &size)
 	failIf(size > maxReplyBytes, "seaf-server's answer cannot have %d bytes", size)
-	data, err := io.ReadAll(io.LimitReader(r, int64(size)))
-	err = cmp.Or(headless, err, json.Unmarshal(data, &reply))
+	data := make([]byte, size)
+	err = cmp.Or(headless, binary.Read(r, binary.LittleEndian, data), json.Unmarshal(data, &reply)) // a short read is an error
 	failIf(err != nil, "seaf-server does not answer as it should: %v", err)
 	failIf(reply.Code != 0 || reply.Text != "", "seaf-server answers with error %d, %q", reply.Code, reply.Text)
 	if reply.Ret == nil { // null means not known, never nobody

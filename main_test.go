@@ -1994,7 +1994,8 @@ func TestGroupMembersUnknown(t *testing.T) {
 		{"hangs", hang, "seaf-server does not answer.*timeout"},
 		{"half a length", func(nc net.Conn) { io.WriteString(nc, "\x7f\x00"); hang(nc) }, "timeout"},
 		{"half an answer, then hangs", func(nc net.Conn) { io.WriteString(nc, capturedMembers[:40]); hang(nc) }, "timeout"},
-		{"half an answer, then closes", raw(capturedMembers[:40]), "unexpected end of JSON"},
+		{"half an answer, then closes", raw(capturedMembers[:40]), "unexpected EOF"},
+		{"an answer that lacks but white space, then closes", raw("\x80\x00\x00\x00" + capturedMembers[4:]), "unexpected EOF"},
 		{"drips", func(nc net.Conn) {
 			for i := range len(capturedMembers) {
 				if _, err := nc.Write([]byte{capturedMembers[i]}); err != nil {
@@ -2776,7 +2777,7 @@ func FuzzEvent(f *testing.F) {
 
 // FuzzReply: members are those that a whole reply without an error names.
 func FuzzReply(f *testing.F) {
-	for _, reply := range []string{capturedMembers, capturedNull, capturedNoFunction, capturedNoService, capturedMembers[:40], "\xff\xff\xff\xff{}", "\x02\x00\x00\x00{}"} {
+	for _, reply := range []string{capturedMembers, capturedNull, capturedNoFunction, capturedNoService, capturedMembers[:40], "\xff\xff\xff\xff{}", "\x02\x00\x00\x00{}", "\x0b\x00\x00\x00{\"ret\":[]}"} {
 		f.Add([]byte(reply))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
