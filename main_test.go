@@ -927,15 +927,15 @@ func TestConfigValues(t *testing.T) {
 		{"spaces in the header", "[ notification ]\njwt_private_key = k\n", "k"},
 		{"not ours", "[notification2]\njwt_private_key = k\n", ""},
 	} {
-		got, err := parseConfig("seafile.conf", c.text)
+		got, err := parsedConfig("seafile.conf", c.text)
 		if err != nil || got["jwt_private_key"].value != c.want {
 			t.Errorf("%s: %q gives %q, %v; want %q", c.name, c.text, got["jwt_private_key"].value, err, c.want)
 		}
 	}
 	none := func(string) string { return "" }
-	cfg, err := loadConfig(confDir(t, "[notification]\njwt_private_key = "+good+"\n"), none)
-	if err != nil || !cfg.enabled || cfg.host != "0.0.0.0" || cfg.port != "8083" || cfg.level != slog.LevelInfo || string(cfg.key) != good || len(cfg.warnings) != 0 {
-		t.Errorf("defaults: %+v, %v", cfg, err)
+	cfg := loadConfig(confDir(t, "[notification]\njwt_private_key = "+good+"\n"), none)
+	if !cfg.enabled || cfg.host != "0.0.0.0" || cfg.port != "8083" || cfg.level != slog.LevelInfo || string(cfg.key) != good || len(cfg.warnings) != 0 {
+		t.Errorf("defaults: %+v", cfg)
 	}
 }
 
@@ -2691,6 +2691,12 @@ func FuzzToken(f *testing.F) {
 	})
 }
 
+// parsedConfig returns the problem by which parseConfig ends as an error.
+func parsedConfig(file, text string) (settings map[string]setting, err error) {
+	defer catch(&err)
+	return parseConfig(file, text), nil
+}
+
 // FuzzConfig: a value is what stands behind the first "=", and an error names
 // its line but does not show it.
 func FuzzConfig(f *testing.F) {
@@ -2700,7 +2706,7 @@ func FuzzConfig(f *testing.F) {
 	f.Add("[notification\nx=y", "[x]")
 	f.Fuzz(func(t *testing.T, text, value string) {
 		lines := strings.Split(strings.TrimPrefix(text, "\ufeff"), "\n")
-		settings, err := parseConfig("f", text)
+		settings, err := parsedConfig("f", text)
 		if err != nil {
 			m := regexp.MustCompile(`^f:(\d+): (.+)$`).FindStringSubmatch(err.Error())
 			n := 0
@@ -2728,7 +2734,7 @@ func FuzzConfig(f *testing.F) {
 		if strings.Contains(value, "\n") {
 			return
 		}
-		settings, err = parseConfig("f", text+"\n[notification]\njwt_private_key = "+value+"\n[x]\njwt_private_key = z")
+		settings, err = parsedConfig("f", text+"\n[notification]\njwt_private_key = "+value+"\n[x]\njwt_private_key = z")
 		if got := settings["jwt_private_key"].value; err != nil || got != strings.TrimSpace(value) {
 			t.Fatalf("%q: value %q, %v; want %q", text, got, err, value)
 		}
@@ -6820,6 +6826,7 @@ func BenchmarkToken(b *testing.B) {
 	token := clientToken(repoA, "alice@example.com", later())
 	b.ReportAllocs()
 	for b.Loop() {
+		s.lastToken.Store(nil)
 		if _, err := s.verify(token); err != nil {
 			b.Fatal(err)
 		}
