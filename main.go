@@ -163,7 +163,7 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer, cl
 	lg := openLog(*logFile, getenv("SEAFILE_LOG_TO_STDOUT") == "true", stdout, stderr)
 	if err := serve(*dir, getenv, lg, clk); err != nil {
 		lg.errorf("%v", err)
-		if lg.path != "" { // an administrator looks in the log, and where it was started
+		if lg.path != "-" { // an administrator looks in the log, and where it was started
 			fmt.Fprintf(stderr, "notification-server: %v\n", err)
 		}
 		return 1
@@ -184,7 +184,7 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 		return nil
 	}
 	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGUSR1, syscall.SIGUSR2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2)
 	ln, s := listen(cfg, getenv), newServer(cfg, lg, clk)
 	metrics := ln // or its own port
 	if cfg.metrics != "" {
@@ -237,15 +237,15 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 
 // listen takes the socket that systemd hands over (sd_listen_fds(3)), or opens the configured one.
 func listen(cfg *config, getenv func(string) string) net.Listener {
-	if getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) && getenv("LISTEN_FDS") != "0" {
+	if n := getenv("LISTEN_FDS"); getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) && n != "0" {
 		file := os.NewFile(3, "socket from systemd") // SD_LISTEN_FDS_START
 		defer file.Close()                           // FileListener has its own copy
 		ln, err := net.FileListener(file)
-		failIf(err != nil, "cannot serve the socket that systemd handed over: %v: the .socket unit needs a ListenStream=", err)
+		failIf(err != nil || n != "1", "cannot serve what systemd handed over, %s sockets: %v: the .socket unit needs one ListenStream=, not more", n, err)
 		return ln
 	}
 	ln, err := (&net.ListenConfig{KeepAlive: -1}).Listen(context.Background(), "tcp", net.JoinHostPort(cfg.host, cfg.port)) // no probes: the server pings
-	failIf(errors.Is(err, syscall.EADDRINUSE), "cannot listen: %v: another server, or an earlier start of this one, holds the port: stop it first (pkill -f \"notification-server -c\"), or change port", err)
+	failIf(errors.Is(err, syscall.EADDRINUSE), "cannot listen: %v: another server, an earlier start of this one, or systemd holds the port: stop it first (pkill -f \"notification-server -c\", or systemctl stop notification-server.socket), or change port in %s", err, cfg.portAt)
 	failIf(errors.Is(err, syscall.EADDRNOTAVAIL), "cannot listen: %v: this machine has no such address: set host to one of its own or to 0.0.0.0; in a cluster, start the server on that node only", err)
 	failIf(err != nil, "cannot listen: %v: check host and port, and that this user may use them", err)
 	return ln
@@ -266,6 +266,7 @@ type config struct {
 	source     string // which file and variables they come from, for the log
 	enabled    bool
 	host, port string
+	portAt     string // where port was set: file:line, or a variable
 	level      slog.Level
 	key        []byte
 	metrics    string   // HOST:PORT, or "" for none
@@ -304,14 +305,14 @@ func loadConfig(path string, getenv func(string) string) *config {
 	cfg.enabled, err = strconv.ParseBool(cmp.Or(strings.ToLower(enabled.value), "true"))
 	failIf(err != nil, "%s: enabled must be true or false", enabled.where)
 	cfg.host = cmp.Or(get("host", "NOTIFICATION_SERVER_HOST").value, "0.0.0.0")
-	port := cmp.Or(get("port", "NOTIFICATION_SERVER_PORT"), setting{value: "8083"})
+	port := cmp.Or(get("port", "NOTIFICATION_SERVER_PORT"), setting{"8083", cfg.file})
 	n, err := strconv.ParseUint(port.value, 10, 16)
-	failIf(err != nil || n == 0, "%s: port must be a number from 1 to 65535, not %q", port.where, port.value)
-	cfg.port = port.value
+	failIf(cfg.enabled && (err != nil || n == 0), "%s: port must be a number from 1 to 65535, not %q", port.where, port.value)
+	cfg.port, cfg.portAt = port.value, port.where
 	metrics := get("metrics", "NOTIFICATION_SERVER_METRICS")
 	cfg.metrics = metrics.value
 	_, _, err = net.SplitHostPort(cmp.Or(cfg.metrics, ":"))
-	failIf(err != nil, "%s: metrics must be HOST:PORT, as in 127.0.0.1:9083, not %q", metrics.where, cfg.metrics)
+	failIf(cfg.enabled && err != nil, "%s: metrics must be HOST:PORT, as in 127.0.0.1:9083, not %q", metrics.where, cfg.metrics)
 	v := get("log_level", "NOTIFICATION_SERVER_LOG_LEVEL")
 	level, known := levels[cmp.Or(strings.ToLower(v.value), "info")]
 	cfg.level = level
@@ -368,44 +369,34 @@ type claims struct {
 	NotBefore float64  `json:"nbf"`
 	RepoID    string   `json:"repo_id"`
 	Username  string   `json:"username"`
-	token     string   // that says so
+	due       float64  // Unix time at which a subscriber is told that it runs out
 }
 
 func (s *server) unixSeconds() float64 { return float64(s.clock.wall().UnixMicro()) / 1e6 }
 
-// verify returns the claims of a JSON Web Token (RFC 7515, 7519) signed with HS256, if they hold now.
+// verify returns the claims of a JSON Web Token (RFC 7515, 7519) signed with HS256; no other algorithm is ever tried.
 func (s *server) verify(token string) (_ claims, err error) {
 	defer catch(&err)
-	c := s.lastToken.Load() // seaf-server signs all events of a second alike: 9 % less CPU for an event
-	if c == nil || !hmac.Equal([]byte(c.token), []byte(token)) {
-		c = s.signedClaims(token)
-		s.lastToken.Store(c)
-	}
-	now := s.unixSeconds()
-	refuseIf(*c.Expires <= now-3600, 401, "expired", "the token expired more than an hour ago")
-	refuseIf(*c.Expires <= now, 401, "expired", "the token expired %.0f s ago: if this goes on, the clocks of this machine and of seaf-server's differ", now-*c.Expires)
-	refuseIf(c.NotBefore > now, 401, "not-yet", "the token is valid only in %.0f s: the clocks of this machine and of its maker's differ", c.NotBefore-now)
-	return *c, nil
-}
-
-// signedClaims returns the claims of a token whose signature holds. No other algorithm than HS256 is ever tried.
-func (s *server) signedClaims(token string) *claims {
-	c, parts := &claims{token: token}, strings.Split(token, ".")
+	parts := strings.Split(token, ".")
 	refuseIf(len(parts) != 3 || strings.ContainsAny(token, "\r\n"), 401, "malformed", "the token is not three parts of base64url") // newlines the decoder skips
 	var raw [3][]byte
-	var err error
 	for i, part := range parts {
 		raw[i], err = base64.RawURLEncoding.Strict().DecodeString(part)
 		refuseIf(err != nil, 401, "malformed", "the token is not three parts of unpadded base64url")
 	}
-	var header struct{ Alg string }
-	refuseIf(json.Unmarshal(raw[0], &header) != nil || header.Alg != "HS256", 401, "algorithm", "the token's header does not name HS256")
+	var header map[string]any // whose names, unlike a struct's, match in this case only
+	refuseIf(json.Unmarshal(raw[0], &header) != nil || header["alg"] != "HS256", 401, "algorithm", "the token's header does not name HS256")
 	mac := hmac.New(sha256.New, s.cfg.key)
 	mac.Write([]byte(token[:strings.LastIndexByte(token, '.')]))
 	refuseIf(!hmac.Equal(raw[2], mac.Sum(nil)), 401, "signature", "the token's signature does not match: jwt_private_key differs between here and seaf-server or Seahub, or one of them was not restarted since it changed")
-	err = json.Unmarshal(raw[1], c)
+	var c claims
+	err = json.Unmarshal(raw[1], &c)
 	refuseIf(err != nil || c.Expires == nil, 401, "malformed", "the token's claims are not an object with a number as exp: %v", err)
-	return c
+	now := s.unixSeconds()
+	refuseIf(*c.Expires <= now-3600, 401, "long-expired", "the token expired more than an hour ago")
+	refuseIf(*c.Expires <= now, 401, "expired", "the token expired %.0f s ago: if this goes on, the clocks of this machine and of seaf-server's differ", now-*c.Expires)
+	refuseIf(c.NotBefore > now, 401, "not-yet", "the token is valid only in %.0f s: the clocks of this machine and of its maker's differ", c.NotBefore-now)
+	return c, nil
 }
 
 // ---- The map of subscriptions ----
@@ -428,8 +419,8 @@ type server struct {
 	clock      clock
 	http       *http.Server
 	maxClients int64
-	clients    atomic.Int64           // WebSocket connections, and those about to be
-	lastToken  atomic.Pointer[claims] // the last one that was verified
+	clients    atomic.Int64 // WebSocket connections, and those about to be
+	decoding   sync.Mutex   // held for a long message of a client
 	metrics
 
 	mu            sync.Mutex // guards all below, and the fields of conn and library that say so
@@ -469,18 +460,21 @@ func (s *server) subscribe(c *conn, cl claims) {
 		c.libraries = append(c.libraries, lib)
 		s.subscriptions++
 	}
-	lib.subs[c] = &claims{Expires: cl.Expires, Username: cl.Username} // all that is needed, and no more memory
-	c.expires = min(c.expires, *cl.Expires)
+	cl.due = *cl.Expires
+	if cl.due-s.unixSeconds() > 60 { // told early, the client is back with a new token in time, and misses nothing
+		cl.due -= 10
+	}
+	lib.subs[c], c.due = &cl, min(c.due, cl.due)
 }
 
 func (s *server) unsubscribe(c *conn, chosen func(*library) bool) { // mu must be held
 	if len(c.libraries) > 0 {
 		c.bare = s.clock.uptime() // what counts is the last time
 	}
-	c.expires = math.Inf(1)
+	c.due = math.Inf(1)
 	c.libraries = slices.DeleteFunc(c.libraries, func(lib *library) bool {
 		if !chosen(lib) {
-			c.expires = min(c.expires, *lib.subs[c].Expires)
+			c.due = min(c.due, lib.subs[c].due)
 			return false
 		}
 		if delete(lib.subs, c); len(lib.subs) == 0 {
@@ -517,7 +511,7 @@ func (s *server) deliver(lib *library, m *message, wanted func(c *conn, user str
 		if *cl.Expires > now && wanted(c, cl.Username) && s.queue(c, m) {
 			n++
 			if s.log.level == slog.LevelDebug {
-				s.log.debugf("to %s, user %q: %s", c.name, cl.Username, m.text)
+				s.log.debugf("to %s, user %q: %q", c.name, cl.Username, m.text)
 			}
 		}
 	}
@@ -560,7 +554,6 @@ func (s *server) sweep() {
 		heard, writing := time.Duration(c.heard.Load()), time.Duration(c.writing.Load())
 		switch {
 		case writing > 0 && uptime-writing >= writeWait:
-			s.log.warnf("%s: closed, since nothing could be written for %v: the client, or the network to it, is stuck", c.name, writeWait)
 			c.abort("stalled")
 		case uptime-heard >= deadAfter:
 			s.queue(c, closing(statusPolicy, "silent", "no frame for 60 s"))
@@ -570,17 +563,18 @@ func (s *server) sweep() {
 			c.pinged = uptime
 			s.queue(c, ping)
 		}
-		if c.expires <= now {
-			ended := 0
+		if c.due <= now {
+			told := 0
 			s.unsubscribe(c, func(lib *library) bool {
 				cl, m := lib.subs[c], expired(lib.id)
-				if *cl.Expires > now || ended == maxOutbox/2 { // all at once could fill the outbox
+				if cl.due > now || told == maxOutbox/2 { // all at once could fill the outbox
 					return false
 				}
-				ended++
-				s.log.debugf("to %s, user %q: %s", c.name, cl.Username, m.text)
+				told++
+				cl.due = *cl.Expires
+				s.log.debugf("to %s, user %q: %q", c.name, cl.Username, m.text)
 				s.queue(c, m)
-				return true
+				return *cl.Expires <= now
 			})
 		}
 	}
@@ -626,14 +620,14 @@ const (
 // A message is a frame on its way to one or many clients. Once queued it is not changed.
 type message struct {
 	frame    []byte
-	text     []byte        // of a text frame, for the log
+	text     []byte        // its payload, which is a part of it, for the log
 	replaces string        // older messages with the same, still waiting in an outbox, are dropped for this one; "" none
 	closes   string        // of a close frame: why, for the metrics
 	accepted time.Duration // of an event: uptime, never 0
 }
 
-// frame makes one whole unmasked frame (RFC 6455, section 5.2).
-func frame(opcode byte, payload []byte) []byte {
+// newMessage makes one whole unmasked frame (RFC 6455, section 5.2).
+func newMessage(opcode byte, payload []byte) *message {
 	f := append(make([]byte, 0, len(payload)+10), 0x80|opcode)
 	switch n := len(payload); {
 	case n < 126:
@@ -643,15 +637,15 @@ func frame(opcode byte, payload []byte) []byte {
 	default:
 		f = binary.BigEndian.AppendUint64(append(f, 127), uint64(n))
 	}
-	return append(f, payload...)
+	f = append(f, payload...)
+	return &message{frame: f, text: f[len(f)-len(payload):]}
 }
 
-var ping, pong = &message{frame: frame(opPing, nil)}, &message{frame: frame(opPong, nil)}
+var ping, pong = newMessage(opPing, nil), newMessage(opPong, nil)
 
 func expired(repoID string) *message { // tells that the token for a library does not hold (any more)
 	id, _ := json.Marshal(repoID)
-	text := fmt.Appendf(nil, `{"type":"jwt-expired","content":{"repo_id":%s}}`, id)
-	return &message{frame: frame(opText, text), text: text}
+	return newMessage(opText, fmt.Appendf(nil, `{"type":"jwt-expired","content":{"repo_id":%s}}`, id))
 }
 
 // closing ends a connection: why is for the metrics, text for the client. A control frame holds 125 bytes.
@@ -660,7 +654,9 @@ func closing(status int, why, text string) *message {
 	if status != statusNo {
 		payload = append(binary.BigEndian.AppendUint16(nil, uint16(status)), text[:min(len(text), 123)]...)
 	}
-	return &message{frame: frame(opClose, payload), text: []byte(text), closes: why}
+	m := newMessage(opClose, payload)
+	m.closes = why
+	return m
 }
 
 type incoming interface { // a frame, as x/net/websocket reads it
@@ -688,7 +684,7 @@ type conn struct { // a client's WebSocket connection; what an event needs is to
 	data           bytes.Buffer  // of its fragments so far
 	refused        int           // subscriptions in a row
 	libraries      []*library    // subscribed to; this and the next two are guarded by server.mu
-	expires        float64       // of the first subscription to expire
+	due            float64       // Unix time, the first of its subscriptions
 	bare, pinged   time.Duration // uptime since which there is no subscription, and of our last ping
 }
 
@@ -713,7 +709,6 @@ func (c *conn) send(m *message) (taken, idle bool) {
 	} else if m.closes == "" && (len(c.outbox) >= maxOutbox || c.bytes+len(m.frame) > maxOutboxBytes) {
 		c.outbox = c.outbox[:min(1, len(c.outbox))] // the first may be halfway out
 		m, taken = closing(statusTryLater, "outbox-full", "too slow"), false
-		c.server.log.warnf("%s: closed, since its outbox is full: the client, or the network to it, is too slow", c.name)
 	}
 	if m.closes != "" {
 		c.closed = m.closes
@@ -734,19 +729,17 @@ func (c *conn) tell(m *message) {
 	}
 }
 
-// writeAll writes to connections that were idle what the kernel has room for. For the rest of a slow one waits a goroutine
-// of its own, though not for ever (see sweep).
+// writeAll writes what the kernel has room for of the first message of connections that were idle. For the rest waits
+// a goroutine of each, though not for ever (see sweep): no connection waits for another.
 func writeAll(conns ...*conn) {
 	var data []byte
 	var n int
 	try := func(fd uintptr) bool { n, _ = syscall.Write(int(fd), data); return true }
 	for _, c := range conns {
-		for data = c.one[0].frame; data != nil; data = c.take(n) {
-			if n = 0; c.raw.Write(try) != nil || n < len(data) { // there is no room; or an error, which will show again
-				c.take(max(n, 0))
-				go c.drain()
-				break
-			}
+		n, data = 0, c.one[0].frame
+		c.raw.Write(try) // an error will show again
+		if c.take(max(n, 0)) != nil {
+			go c.drain()
 		}
 	}
 }
@@ -777,7 +770,7 @@ func (c *conn) take(n int) []byte {
 		}
 	}
 	if len(c.outbox) == 0 {
-		c.outbox = nil
+		c.outbox, c.one[0] = nil, nil
 		c.writing.Store(0)
 		return nil
 	}
@@ -794,7 +787,7 @@ func (c *conn) abort(why string) string {
 }
 
 // serve is the goroutine of c. It waits for frames, and answers the empty pings that a desktop client sends each
-// second. All else is done by a goroutine that ends, since a grown stack does not shrink: so this one keeps 2 KiB, not 8.
+// second. All else is done by a goroutine that ends, since a grown stack shrinks late: so this one keeps 2 KiB, not 8.
 func (c *conn) serve() {
 	s, done := c.server, make(chan *message)
 	for {
@@ -823,9 +816,12 @@ func (c *conn) serve() {
 	s.unsubscribe(c, func(*library) bool { return true })
 	delete(s.conns, c)
 	s.mu.Unlock()
-	s.count("closed_total", why)
-	s.log.debugf("%s: disconnected: %s", c.name, why)
 	s.clients.Add(-1)
+	s.count("closed_total", why)
+	if slow := map[string]string{"outbox-full": "its outbox is full", "stalled": "nothing could be written for 20s"}[why]; slow != "" {
+		s.log.warnf("%s: closed, since %s: the client, or the network to it, is too slow", c.name, slow) // no lock is held, should the log be stuck
+	}
+	s.log.debugf("%s: disconnected: %s", c.name, why)
 }
 
 // guard returns what c is to be closed with, if f refuses what came from it. A panic in f ends c alone.
@@ -847,10 +843,10 @@ func (c *conn) guard(f func()) (m *message) {
 
 // readFrame handles a frame. x/net/websocket parses and unmasks it, but checks nothing of RFC 6455, section 5: this does.
 func (c *conn) readFrame() {
-	endless := false // 2^63 bytes: of 64 bits x/net/websocket drops the first
+	endless := false // of the 64 bits of a length x/net/websocket drops the first, and half of them on a 32-bit machine
 	if head, _ := c.br.Peek(2); len(head) == 2 && head[1]&0x7f == 127 {
-		head, _ = c.br.Peek(3)
-		endless = len(head) == 3 && head[2]&0x80 != 0
+		head, _ = c.br.Peek(10)
+		endless = len(head) == 10 && binary.BigEndian.Uint64(head[2:]) > maxMessageBytes
 	}
 	f, err := c.next()
 	refuseIf(err != nil, statusNo, "gone", "the client is gone")
@@ -877,7 +873,7 @@ func (c *conn) readFrame() {
 	c.heard.Store(int64(c.server.clock.uptime()))
 	switch opcode {
 	case opPing:
-		c.tell(&message{frame: frame(opPong, payload.Bytes())})
+		c.tell(newMessage(opPong, payload.Bytes()))
 	case opClose: // is answered with the client's own status
 		p, status := payload.Bytes(), statusNo
 		if len(p) > 1 {
@@ -908,7 +904,12 @@ func (c *conn) handle(data []byte) {
 		Type    string
 		Content struct{ Repos []repo }
 	}
-	s, err := c.server, json.Unmarshal(data, &m)
+	s := c.server
+	if len(data) > 16<<10 { // decoded, it can take 22 times as much: so only one at a time
+		s.decoding.Lock()
+		defer s.decoding.Unlock()
+	}
+	err := json.Unmarshal(data, &m)
 	bad := func(condition bool, text string) { refuseIf(condition, statusPolicy, "bad-message", "%s", text) }
 	bad(err != nil, fmt.Sprintf("not a message: %+.60q", err))
 	bad(m.Type != "subscribe" && m.Type != "unsubscribe", fmt.Sprintf("unknown type %+.60q: subscribe or unsubscribe", m.Type))
@@ -936,8 +937,9 @@ func (c *conn) handle(data []byte) {
 			s.log.warnf("%s: closed after %d refused subscriptions in a row; the last one: %v", c.name, c.refused, err)
 			refuseIf(true, statusPolicy, "refused", "too many refused subscriptions")
 		}
-		s.log.debugf("to %s: %s", c.name, expired(repo.ID).text)
-		c.tell(expired(repo.ID))
+		no := expired(repo.ID)
+		s.log.debugf("to %s: %q", c.name, no.text)
+		c.tell(no)
 	}
 }
 
@@ -993,7 +995,7 @@ func (s *server) refused(what, from string, p *problem) { // counts it, and logs
 	uptime := s.clock.uptime()
 	s.counting.Lock()
 	s.counts[[2]string{"refused_total", p.reason}]++
-	quiet := uptime < s.quiet[p.reason]
+	quiet := uptime < s.quiet[p.reason] && p.reason != "group-members" // each of these ends connections
 	if !quiet {
 		s.quiet[p.reason] = uptime + time.Minute
 	}
@@ -1018,8 +1020,7 @@ func (s *server) serveEvent(w http.ResponseWriter, r *http.Request) (subscribers
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxMessageBytes))
 	refuseIf(errors.As(err, new(*http.MaxBytesError)), 413, "too-big", "the event is longer than 1 MiB")
 	refuseIf(err != nil, 400, "bad-event", "the event did not come in whole: %v", err)
-	ev, err := parseEvent(body)
-	refuseIf(err != nil, 400, "bad-event", "%v", err)
+	ev := parseEvent(body)
 	refuseIf(cl.RepoID != "" && cl.RepoID != ev.repoID, 403, "other-library", "the token is for another library")
 	s.count("events_total", ev.kind)
 	if ev.group == nil {
@@ -1042,8 +1043,10 @@ type event struct {
 	group        *int64 // the only one it is for
 }
 
-func parseEvent(body []byte) (ev *event, err error) {
-	defer catch(&err)
+func parseEvent(body []byte) *event { // or refuses it
+	bad := func(condition bool, format string, args ...any) {
+		refuseIf(condition, 400, "bad-event", format, args...)
+	}
 	var outer struct {
 		Type    string
 		Content json.RawMessage
@@ -1053,16 +1056,16 @@ func parseEvent(body []byte) (ev *event, err error) {
 		Type, User string
 		Group      *int64
 	}
-	err = json.Unmarshal(body, &outer)
-	failIf(err != nil, "the event is not one JSON object: %v", err)
-	failIf(!slices.Contains([]string{"repo-update", "file-lock-changed", "folder-perm-changed", "comment-update"}, outer.Type), "unknown type %.100q", outer.Type)
+	err := json.Unmarshal(body, &outer)
+	bad(err != nil, "the event is not one JSON object: %v", err)
+	bad(!slices.Contains([]string{"repo-update", "file-lock-changed", "folder-perm-changed", "comment-update"}, outer.Type), "unknown type %.100q", outer.Type)
 	err = json.Unmarshal(outer.Content, &content) // an error shows in the fields
-	failIf(content.RepoID == "", "the content is not an object with a repo_id that is a string and not empty")
-	failIf(!utf8.Valid(body), "the event is not UTF-8")
+	bad(content.RepoID == "", "the content is not an object with a repo_id that is a string and not empty")
+	bad(!utf8.Valid(body), "the event is not UTF-8")
 	text := bytes.NewBufferString(`{"type":"` + outer.Type + `","content":`)
 	json.Compact(text, outer.Content)
 	text.WriteByte('}')
-	ev = &event{message: &message{frame: frame(opText, text.Bytes()), text: text.Bytes()}, kind: outer.Type, repoID: content.RepoID}
+	ev := &event{message: newMessage(opText, text.Bytes()), kind: outer.Type, repoID: content.RepoID}
 	switch ev.kind {
 	case "repo-update":
 		ev.replaces = ev.repoID // only the newest commit matters
@@ -1073,11 +1076,11 @@ func parseEvent(body []byte) (ev *event, err error) {
 		if content.Type == "group" {
 			content.User = ""
 		}
-		failIf(err != nil || (content.User == "") == (content.Group == nil) || !slices.Contains([]string{"user", "group", ""}, content.Type),
+		bad(err != nil || (content.User == "") == (content.Group == nil) || !slices.Contains([]string{"user", "group", ""}, content.Type),
 			"a folder-perm-changed needs the type user and a user, or the type group and the number of a group")
 		ev.user, ev.group = content.User, content.Group
 	}
-	return ev, nil
+	return ev
 }
 
 // serveWebSocket checks no Origin: behind a proxy each real client's differs from the Host, and the token protects.
@@ -1095,9 +1098,10 @@ func (s *server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
 		s.clients.Add(-1)
 		refuseIf(true, 503, "full", "%d clients are connected; the limit of open files allows no more: raise it (ulimit -n, LimitNOFILE=)", s.maxClients)
 	}
-	c := &conn{server: s, name: peer(r), desktop: has("Sec-WebSocket-Protocol", subprotocol), bare: s.clock.uptime(), expires: math.Inf(1)}
+	c := &conn{server: s, name: peer(r), desktop: has("Sec-WebSocket-Protocol", subprotocol), bare: s.clock.uptime(), due: math.Inf(1)}
 	c.heard.Store(int64(c.bare))
 	r.Header["Connection"], r.Header["Upgrade"] = []string{"upgrade"}, []string{"websocket"} // x/net/websocket looks at one line of each only
+	r.Host = "localhost"                                                                     // whatever the client says: x/net/websocket would answer a bad one by itself
 	r.Header["Sec-Websocket-Protocol"] = map[bool][]string{true: {subprotocol}}[c.desktop]   // which is answered; no other is
 	websocket.Server{
 		Handshake: func(*websocket.Config, *http.Request) error { return nil },
@@ -1135,7 +1139,8 @@ func (h hijacker) Hijack() (nc net.Conn, rw *bufio.ReadWriter, err error) {
 	if rw.Reader.Buffered() > 0 { // what came right behind the handshake
 		h.c.br = rw.Reader
 	}
-	nc.SetWriteDeadline(time.Now().Add(writeWait)) // for the answer to the upgrade
+	nc.SetWriteDeadline(time.Now().Add(writeWait))                       // for the answer to the upgrade
+	nc.(interface{ SetWriteBuffer(int) error }).SetWriteBuffer(64 << 10) // with Linux's 4 MiB a slow reader looks like a stuck one
 	h.c.raw, err = nc.(syscall.Conn).SyscallConn()
 	return unclosed{nc}, bufio.NewReadWriter(h.c.br, rw.Writer), err
 }
@@ -1196,10 +1201,7 @@ func readMembers(r io.Reader) (_ map[string]bool, err error) {
 
 // ---- Self-check ----
 
-const (
-	answerTime = 4 * time.Second // for one answer
-	otherKey   = "%s refuses a token signed with this key: the running server has another jwt_private_key: restart Seafile, so that all its programs read the same one"
-)
+const answerTime = 4 * time.Second // for one answer
 
 // runCheck does what seaf-server and a client do, prints a line for each step, and returns the exit status.
 func runCheck(dir string, urls []string, getenv func(string) string, stdout io.Writer) (status int) {
@@ -1240,6 +1242,7 @@ func runCheck(dir string, urls []string, getenv func(string) string, stdout io.W
 			url = strings.TrimRight(url, "/") + "/ping"
 			answer, text := ask(ctx, own, "GET", url, "", nil)
 			failIf(answer.StatusCode == 400 && strings.Contains(text, "HTTPS"), "%s answers 400, since that port speaks TLS: give the URL with https://", url)
+			failIf(answer.StatusCode == 401 || answer.StatusCode == 403, "%s answers %d: the proxy asks for a password, or blocks it: clients have none to give for /notification", url, answer.StatusCode)
 			failIf(strings.Contains(text, "<html"), "%s answers %d with a web page: Seahub or another service answers: the proxy's rule for /notification is missing, or stands behind the one for /", url, answer.StatusCode)
 			failIf(!strings.Contains(text, `"pong"`), "%s answers %d, but not pong: another service listens there: correct host and port, here or in the proxy's rule", url, answer.StatusCode)
 			date, err := http.ParseTime(answer.Header.Get("Date"))
@@ -1279,19 +1282,20 @@ func runCheck(dir string, urls []string, getenv func(string) string, stdout io.W
 		for _, url := range urls {
 			config, _ := websocket.NewConfig("ws"+strings.TrimPrefix(url, "http"), url) // ask has parsed it
 			ws, err := config.DialContext(ctx)
-			failIf(err != nil, "%s: %v", url, err)
+			failIf(err != nil, "%s: %v: no WebSocket in time, though an upgrade went through before: see the server's log", url, err)
 			ws.SetWriteDeadline(end)
 			sessions = append(sessions, ws)
 			answer := subscribe(ws)
 			failIf(!strings.Contains(answer, "jwt-expired"), "%s answers %.60q to a broken token, not jwt-expired: another service listens there: correct host and port, here or in the proxy's rule", url, answer)
-			failIf(strings.Contains(answer, id), otherKey, url)
+			failIf(strings.Contains(answer, id), "%s refuses a token signed with this key: the running server has another jwt_private_key (restart Seafile, so that all its programs read the same one), or its clock is ahead by minutes: see its log", url)
 		}
 		return "a good token is accepted, a broken one is answered jwt-expired"
 	})
 	post := func(username string, want int) {
 		body := fmt.Sprintf(`{"type":"repo-update","content":{"repo_id":%q,"commit_id":"check"}}`, id)
-		answer, _ := ask(ctx, own, "POST", events, body, http.Header{"Authorization": {"Token " + token(username)}})
-		failIf(answer.StatusCode == 401, otherKey, events)
+		answer, text := ask(ctx, own, "POST", events, body, http.Header{"Authorization": {"Token " + token(username)}})
+		failIf(answer.StatusCode == 401, "%s answers 401: %.300q", events, text)
+		failIf(want != 200 && strings.Contains(text, "pong"), "%s: the first server of the cluster, which decides on events, is down, and another answered in its place: start it", events)
 		failIf(answer.StatusCode != want, "%s answers %d to this event, not %d: another service, or the server that Seafile ships, listens there", events, answer.StatusCode, want)
 	}
 	step("event", "subscription", func() string {
@@ -1318,19 +1322,21 @@ func runCheck(dir string, urls []string, getenv func(string) string, stdout io.W
 			if w, err := ws.NewFrameWriter(websocket.PingFrame); err == nil {
 				w.Write([]byte("check"))
 			}
-			failIf(!strings.Contains(subscribe(ws), "broken"), "%s: no answer behind a ping: the proxy closes connections early", urls[i])
+			answer := subscribe(ws)
+			failIf(strings.Contains(answer, id), "%s: the event came twice, or a forged one came: nginx mirrors it twice to this server, or it is not this server", urls[i])
+			failIf(!strings.Contains(answer, "broken"), "%s: no answer behind a ping: the proxy closes connections early", urls[i])
 			ws.Close()
 		}
 		return "still there after a ping"
 	})
-	fmt.Fprintln(stdout, [...]string{fmt.Sprintf("It works: a notification takes %v.", took), "It does not work for all clients."}[status])
+	fmt.Fprintln(stdout, [...]string{fmt.Sprintf("It works: a notification takes %v.", took), "It does not work: the first cross says why."}[status])
 	return status
 }
 
 // ask sends a request, and says why there is no answer, or one that can only be a proxy's own.
 func ask(ctx context.Context, own, method, url, body string, header http.Header) (*http.Response, string) {
 	r, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
-	failIf(err != nil || r.URL.Host == "" || !strings.HasPrefix(r.URL.Scheme, "http"), "%q is no URL as https://cloud.example.com/notification", url)
+	failIf(err != nil || r.URL.Host == "" || !strings.HasPrefix(url, "http"), "%q is no URL as https://cloud.example.com/notification", url)
 	r.Header = header
 	transport := &http.Transport{TLSClientConfig: &tls.Config{}} // no proxy of the environment's, and HTTP/1.1
 	answer, err := (&http.Client{Timeout: answerTime, Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}).Do(r)
@@ -1341,16 +1347,16 @@ func ask(ctx context.Context, own, method, url, body string, header http.Header)
 	failIf(errors.As(err, new(*tls.CertificateVerificationError)), "%v: the certificate is not trusted: let the proxy send the whole chain, for this name, of an authority that clients know", err)
 	failIf(ctx.Err() != nil, "%v: the steps together took 14 s, and no more are waited for", err)
 	failIf(os.IsTimeout(err), "%v: no answer in %v: look for a firewall between", err, answerTime)
-	failIf(err != nil, "%v: does another service listen there, or is it https for http?", err)
+	failIf(err != nil, "%v: no way leads there, another service listens there, the proxy does not serve this name, or it is https for http, or the reverse", err)
 	defer answer.Body.Close()
 	status := answer.StatusCode
 	if to, err := answer.Location(); err == nil && status > 300 {
 		failIf(strings.TrimRight(to.Path, "/") != strings.TrimRight(r.URL.Path, "/"), "%s redirects to %s, a web page: Seahub or another service answers: the proxy's rule for /notification is missing, or stands behind the one for /", url, to)
 		failIf(to.Path != r.URL.Path, "%s redirects to %s, but clients do not follow: write the proxy's rule for /notification without a slash at its end", url, to)
-		failIf(true, "%s redirects to %s, but clients do not follow: give %s here and to the clients", url, to, strings.TrimSuffix(to.String(), "/ping"))
+		failIf(true, "%s redirects to %s, but clients do not follow: give %s here, to the clients or in INNER_NOTIFICATION_SERVER_URL", url, to, strings.TrimSuffix(strings.TrimSuffix(to.String(), "/ping"), "/events"))
 	}
-	failIf(status == 404, "%s answers 404: the proxy's rule for /notification is missing or does not match, or another service listens there", url)
-	failIf(status >= 502, "%s answers %d: the proxy cannot reach the notification server, which it must find at %s, or that has no room for more clients (see its log)", url, status, own)
+	failIf(status == 404, "%s answers 404: the proxy's rule for /notification is missing or does not match, the URL lacks /notification, or another service listens there", url)
+	failIf(status >= 502, "%s answers %d: the proxy cannot reach the notification server, which it must find at its host and port (by this configuration %s), or that has no room for more clients (see its log)", url, status, own)
 	if status == 101 {
 		return answer, ""
 	}
@@ -1364,7 +1370,7 @@ var levels = map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelI
 
 // A logger writes lines that Seafile's log tools read. What comes from outside is quoted by the caller.
 type logger struct {
-	path   string // "" for none
+	path   string // "-" for none
 	level  slog.Level
 	prefix string
 	stderr io.Writer
@@ -1374,18 +1380,16 @@ type logger struct {
 }
 
 func openLog(path string, toStdout bool, stdout, stderr io.Writer) *logger {
-	lg := &logger{out: stderr, stderr: stderr}
+	lg := &logger{path: path, out: stderr, stderr: stderr}
 	if toStdout {
-		lg.out, lg.prefix = stdout, "[notification-server] "
-	} else if path != "-" {
-		lg.path = path
-		lg.reopen()
+		lg.path, lg.out, lg.prefix = "-", stdout, "[notification-server] "
 	}
+	lg.reopen()
 	return lg
 }
 
 func (lg *logger) reopen() { // where that fails the log goes where it went
-	if lg.path == "" {
+	if lg.path == "-" {
 		return
 	}
 	lg.mu.Lock()
