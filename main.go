@@ -999,7 +999,7 @@ func (s *server) refused(what, from string, p *problem) { // counts it, and logs
 	}
 	s.counting.Unlock() // before a write that may not end
 	if !quiet {
-		s.log.warnf("%s from %s refused: %s (said once a minute)", what, from, p.text)
+		s.log.warnf("%s from %s refused: %s", what, from, p.text)
 	}
 }
 
