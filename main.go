@@ -183,7 +183,7 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err e
 		return nil
 	}
 	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGUSR1, syscall.SIGUSR2)
 	ln, s := listen(cfg, getenv), newServer(cfg, lg, clk)
 	metrics := ln // or its own port
 	if cfg.metrics != "" {
@@ -1312,7 +1312,7 @@ func runCheck(dir string, urls []string, getenv func(string) string, stdout io.W
 		}
 		return "seaf-server answers on " + cfg.socket()
 	})
-	step("connection", "subscription", func() string {
+	step("connection", "event", func() string {
 		for i, ws := range sessions {
 			if w, err := ws.NewFrameWriter(websocket.PingFrame); err == nil {
 				w.Write([]byte("check"))

@@ -5718,7 +5718,7 @@ func TestCheckSeveral(t *testing.T) {
 
 	run = selfCheck(t, nil, dir, first, second)
 	run.says("✗", "event", second, "different servers")
-	run.says("✓", "connection")
+	run.says("-", "connection", "not tried") // an event that came late would look like one that came twice
 }
 
 // However slow the answers are, 15 s are enough for all steps.
