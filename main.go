@@ -240,7 +240,7 @@ func listen(cfg *config, getenv func(string) string) net.Listener {
 		file := os.NewFile(3, "socket from systemd") // SD_LISTEN_FDS_START
 		defer file.Close()                           // FileListener has its own copy
 		ln, err := net.FileListener(file)
-		failIf(err != nil || n != "1", "cannot serve what systemd handed over, %s sockets: %v: the .socket unit needs one ListenStream=, not more", n, err)
+		failIf(err != nil || n != "1", "cannot serve what systemd handed over, %s sockets: %v: the .socket unit needs one ListenStream=, not more", n, cmp.Or(err, errors.New("only one can be served")))
 		return ln
 	}
 	ln, err := (&net.ListenConfig{KeepAlive: -1}).Listen(context.Background(), "tcp", net.JoinHostPort(cfg.host, cfg.port)) // no probes: the server pings
