@@ -11,51 +11,58 @@
 //	notification-server -c DIR -check [URL ...]   test a running server
 //	notification-server -version | -h
 //
-// DIR holds seafile.conf; it may also name that file itself. The log is appended
-// to FILE; without -l, or with -l -, it goes to standard error. The section
-// [notification] configures it; the environment, where not empty, comes first:
+// The section [notification] of DIR/seafile.conf configures it, or the environment
+// does: notification-server -h lists all settings. README.md tells how to install it.
 //
-//	enabled          false: do not run (default true)
-//	host             address to listen on (0.0.0.0)     NOTIFICATION_SERVER_HOST
-//	port             port to listen on (8083)           NOTIFICATION_SERVER_PORT
-//	log_level        debug, info, warning, error (info) NOTIFICATION_SERVER_LOG_LEVEL
-//	jwt_private_key  the key shared with seaf-server    JWT_PRIVATE_KEY
-//	metrics          HOST:PORT for /metrics (off)       NOTIFICATION_SERVER_METRICS
+// # The life of an event
 //
-// A value is everything behind the first "=". With JWT_PRIVATE_KEY set, the file may
-// be missing. SEAFILE_RPC_PIPE_PATH names the directory of seafile.sock, where
-// seaf-server is asked for the members of groups. SEAFILE_LOG_TO_STDOUT=true logs to
-// standard output. SIGUSR1 opens the log anew, SIGUSR2 writes the metrics to it.
+//	seaf-server  → POST /events → handler   checks the token, parses the event
+//	             → hub.publish              finds the library's subscriptions, puts the
+//	                                        event into the outbox of each client
+//	             → client.writeOutbox       writes to the socket, with no lock held
 //
-// -check does all that seaf-server and a client do, at the URL by which clients come, or
-// at host and port. With a URL for each server of a cluster, an event posted once, to
-// INNER_NOTIFICATION_SERVER_URL or host and port, must reach all. A good and a bad run:
+// An event for a group waits in its library's queue, and what follows it waits
+// behind it, until seaf-server has told who is in the group (hub.resolve).
 //
-//	✓ configuration: conf/seafile.conf
-//	✓ ping: http://127.0.0.1:8083/ping answers pong
-//	✓ upgrade: goes through, for the desktop client and for a browser
-//	✓ subscription: a good token is accepted, a broken one is answered jwt-expired
-//	✓ event: posted to http://127.0.0.1:8083/events, it arrived after 1.2ms
-//	✓ forgery: an event posted with a client's token is refused
-//	✓ group members: seaf-server answers on runtime/seafile.sock
-//	✓ connection: still there after a ping
-//	It works: a notification takes 1.2ms.
+// # Who holds whom
 //
-//	✗ ping: https://cloud.example.com/notification/ping answers 502: the proxy cannot reach ...
-//	- upgrade: not tried, since a step before it failed
+//	server → handler → hub → library → subscription → client → socket
+//	            ├→ verifier (tokens)
+//	            └→ groups (members)        all of them → metrics, logger
+//
+// # Goroutines and what ends each
+//
+//	run, the loop of signals and ticks     a signal, or the listener's end
+//	http.Server.Serve, also for metrics    the listener's end
+//	net/http: one for each connection      its deadlines; an upgrade; shutdown
+//	client.serve: one for each client      its end, or client.abort
+//	client.readFrame: one while a frame    the frame's end, client.abort, or 10 s
+//	  comes that is no empty ping            for a slot
+//	writeAll: a batch of clients           it never waits: it ends by itself
+//	client.writeRest: a slow client        all is written, or client.abort
+//	handler.resolve: one for each group    seaf-server's answer, or 5 s
+//	  event that waits
+//	logger.run: one                        logger.close
+//
+// # Locks
+//
+// hub.mu guards the map, and what hub, client and event say. A client's mu guards its
+// outbox, and may be taken while hub.mu is held; the reverse never happens. Each counter
+// of metrics, groups, plainListener and the logger have a lock of their own, under which
+// no other is taken. No lock is held across a write to a socket or to the log.
 package main
 
 import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"container/list"
 	"context"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	_ "embed"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
@@ -69,6 +76,8 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"net/netip"
+	neturl "net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -81,74 +90,96 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"golang.org/x/net/websocket"
 )
 
-// ---- Flags and main ----
+// ---- Start and stop ----
+//
+// Flags, the signals, the ticks that drive the hub, the listening socket, systemd,
+// and the last five seconds. It knows nothing of tokens, events or frames. It owns
+// the loop in server.loop, and no lock.
 
-//go:embed main.go
-var source string // for -h: the comment at its top is the manual
+const usage = `Usage:
 
+  notification-server -c DIR [-l FILE]          serve
+  notification-server -c DIR -check [URL ...]   test a running server
+  notification-server -version | -h
+`
+
+const manual = `Notification-server tells Seafile's clients and web pages at once what changed.
+
+` + usage + `
+DIR holds seafile.conf; it may also name that file itself. The log is appended
+to FILE; without -l, or with -l -, it goes to standard error.
+
+With JWT_PRIVATE_KEY or JWT_PRIVATE_KEY_FILE in the environment, the environment
+alone configures the server, as in Seafile 12 and later. Without them it reads the
+section [notification] of seafile.conf, as in Seafile 10 and 11, and variables come
+before the file:
+
+  enabled          false: do not run (default true)
+  host             address to listen on (0.0.0.0)     NOTIFICATION_SERVER_HOST
+  port             port to listen on (8083)           NOTIFICATION_SERVER_PORT
+  log_level        debug, info, warning, error (info) NOTIFICATION_SERVER_LOG_LEVEL
+  jwt_private_key  the key shared with seaf-server    JWT_PRIVATE_KEY
+                   a file that holds only the key     JWT_PRIVATE_KEY_FILE
+  metrics          HOST:PORT for /metrics (off)       NOTIFICATION_SERVER_METRICS
+
+The file is read as seaf-server reads it. A comment is a line that begins with #; a
+value is everything behind "=", white space at its end included. Without a key in
+the environment and without seafile.conf, /run/secrets/JWT_PRIVATE_KEY is tried.
+
+SEAFILE_RPC_PIPE_PATH names the directory of seafile.sock, where seaf-server is asked
+for the members of groups. SEAFILE_LOG_TO_STDOUT=true logs to standard output.
+SIGUSR1 opens the log anew, SIGUSR2 writes the metrics to it.
+
+-check does all that seaf-server and a client do, at the URL by which clients come, or
+at host and port, and says what works and what does not. With a URL for each server of
+a cluster, an event posted once, to INNER_NOTIFICATION_SERVER_URL or to host and port
+of seafile.conf as seaf-server reads them, must reach all. Its exit status is 0 if
+notifications work, and 1 if not.
+`
+
+const (
+	tickInterval  = 100 * time.Millisecond // of hub.tick
+	notifyWait    = 50 * time.Millisecond  // for systemd's socket, and again for the state
+	requestsWait  = 700 * time.Millisecond // for requests in flight, at the end
+	memoryPeriod  = 10 * time.Second       // between two returns of memory to the system
+	unreadRequest = 100 * time.Millisecond // for accepted connections, see stop
+)
+
+// A clock tells the time. Tests have one of their own.
 type clock struct {
 	wall   func() time.Time     // time of day: tokens expire by it, also after it was set anew
-	uptime func() time.Duration // since the start: silence and delays are measured by it, it never jumps
+	uptime func() time.Duration // since the start: silence and delays are measured by it
 }
 
 func main() {
-	ballast := make([]byte, 32<<20) // never touched: the garbage collector runs less often for it, for 8 % less CPU an event
 	start := time.Now()
-	status := run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr, clock{time.Now, func() time.Duration { return time.Since(start) }})
-	runtime.KeepAlive(ballast)
-	os.Exit(status)
+	uptime := func() time.Duration { return time.Since(start) }
+	os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr, clock{time.Now, uptime}))
 }
 
-// A problem is an error that says what was wrong and what to do.
-type problem struct {
-	status int    // of HTTP or of a close frame, where that is the answer
-	reason string // a word for the metrics
-	text   string
-}
-
-func (p *problem) Error() string { return p.text }
-
-// refuseIf ends a function by a panic, as parsers of the standard library do: catch or guard makes an error of it.
-func refuseIf(condition bool, status int, reason, format string, args ...any) {
-	if condition {
-		panic(&problem{status, reason, fmt.Sprintf(format, args...)})
-	}
-}
-func failIf(condition bool, format string, args ...any) { refuseIf(condition, 0, "", format, args...) }
-
-// catch, deferred, returns a problem as err, and lets other panics pass.
-func catch(err *error) {
-	if p := recover(); p != nil {
-		var ok bool
-		if *err, ok = p.(*problem); !ok {
-			panic(p)
-		}
-	}
-}
-
-// run returns the exit status: 0 after a stop or if disabled, 1 if the server cannot run, 2 for wrong flags.
+// run returns the exit status: 0 after a stop or if disabled, 1 if the server
+// cannot run or the check fails, 2 for wrong flags.
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer, clk clock) int {
-	manual, _, _ := strings.Cut(source, "package main")
-	manual = strings.NewReplacer("\n//\t", "\n  ", "\n// ", "\n", "\n//", "\n").Replace("\n" + manual)[1:]
 	flags := flag.NewFlagSet("notification-server", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	usage := manual[strings.Index(manual, "Usage:"):strings.Index(manual, "DIR holds")]
 	flags.Usage = func() { fmt.Fprint(stderr, usage) }
 	dir := flags.String("c", "", "")
-	logFile := flags.String("l", "-", "")
+	logFile := flags.String("l", "", "")
 	check := flags.Bool("check", false, "")
 	version := flags.Bool("version", false, "")
 	help := flags.Bool("h", false, "")
-	switch err := flags.Parse(args); {
-	case err != nil: // and flags has said so
-		return 2
-	case flags.NArg() > 0 && !*check, *dir == "" && !*help && !*version:
-		fmt.Fprintf(stderr, "notification-server: -c DIR is missing, or %q is too much\n%s", flags.Args(), usage)
+	if err := flags.Parse(args); err != nil {
+		return 2 // flags has said why
+	}
+	switch {
+	case flags.NArg() > 0 && !*check:
+		fmt.Fprintf(stderr, "notification-server: %q is too much\n%s", flags.Args(), usage)
 		return 2
 	case *help:
 		fmt.Fprint(stdout, manual)
@@ -157,201 +188,414 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer, cl
 		info, _ := debug.ReadBuildInfo()
 		fmt.Fprintln(stdout, "notification-server", info.Main.Version, info.GoVersion)
 		return 0
+	case *dir == "":
+		fmt.Fprintf(stderr, "notification-server: -c DIR is missing\n%s", usage)
+		return 2
 	case *check:
 		return runCheck(*dir, flags.Args(), getenv, stdout)
 	}
-	lg := openLog(*logFile, getenv("SEAFILE_LOG_TO_STDOUT") == "true", stdout, stderr)
+	// Go would end the process when it writes to a standard error that nobody reads.
+	signal.Ignore(syscall.SIGPIPE)
+	toStdout := logToStdout(getenv)
+	lg := openLog(*logFile, toStdout, stdout, stderr, clk.uptime)
+	defer lg.close()
 	if err := serve(*dir, getenv, lg, clk); err != nil {
 		lg.errorf("%v", err)
-		if lg.path != "-" { // an administrator looks in the log, and where it was started
-			fmt.Fprintf(stderr, "notification-server: %v\n", err)
+		if !toStdout && *logFile != "" && *logFile != "-" {
+			// An administrator looks into the log, and to where it was started.
+			writeSoon(stderr, fmt.Sprintf("notification-server: %v\n", err))
 		}
 		return 1
 	}
 	return 0
 }
 
-func serve(dir string, getenv func(string) string, lg *logger, clk clock) (err error) { // until it is stopped
-	defer catch(&err)
-	signal.Ignore(syscall.SIGPIPE) // or Go would end here when standard error has nobody who reads it
-	cfg := loadConfig(dir, getenv)
-	for _, warning := range cfg.warnings {
-		lg.warnf("%s", warning)
+// writeSoon writes text to w, but waits at most 100 ms: nobody may read there.
+func writeSoon(w io.Writer, text string) {
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		io.WriteString(w, text)
+	}()
+	select {
+	case <-written:
+	case <-time.After(100 * time.Millisecond):
 	}
-	if lg.level = cfg.level; !cfg.enabled {
+}
+
+// A server holds the parts of a running notification server.
+type server struct {
+	cfg     *config
+	clock   clock
+	log     *logger
+	metrics *metrics
+	hub     *hub
+	http    *http.Server
+
+	handler *handler
+
+	clientListener  *plainListener
+	metricsListener net.Listener // nil for none
+	memory          memoryReturner
+}
+
+// newServer returns a server that does not listen yet.
+func newServer(cfg *config, lg *logger, clk clock) *server {
+	m := newMetrics(clk.wall())
+	h := newHub(clk, lg, m, maxClients())
+	v := &verifier{key: cfg.key, now: clk.wall}
+	groups := newGroups(cfg.seafileSocket, cfg.sockets)
+	handler := newHandler(h, v, groups, lg, m, clk)
+	return &server{
+		cfg:     cfg,
+		clock:   clk,
+		log:     lg,
+		metrics: m,
+		hub:     h,
+		handler: handler,
+		http:    newHTTPServer(handler, lg),
+	}
+}
+
+// serve runs a server until a signal stops it.
+func serve(dir string, getenv func(string) string, lg *logger, clk clock) error {
+	cfg, err := loadConfig(dir, getenv)
+	if err != nil {
+		return err
+	}
+	lg.setLevel(cfg.logLevel)
+	for _, text := range cfg.faults {
+		lg.warnf("%s", text)
+	}
+	for _, text := range cfg.warnings {
+		lg.warnf("%s", text)
+	}
+	if !cfg.enabled {
 		lg.infof("the notification server is disabled in %s: enabled = false", cfg.file)
 		return nil
 	}
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGUSR1, syscall.SIGUSR2)
-	ln, s := listen(cfg, getenv), newServer(cfg, lg, clk)
-	metrics := ln // or its own port
-	if cfg.metrics != "" {
-		metrics, err = net.Listen("tcp", cfg.metrics)
-		failIf(err != nil, "cannot serve metrics: %v: set metrics to an address of this machine with a port that is free", err)
-		mux := http.NewServeMux()
-		mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, strings.Join(s.figures(), "\n")) })
-		go s.httpServer(mux).Serve(metrics)
+	s := newServer(cfg, lg, clk)
+	ln, err := listen(cfg, getenv)
+	if err != nil {
+		return err
 	}
-	lg.infof("started on %s; configuration: %s; group members are asked of %s; at most %d clients, by the limit of open files",
-		ln.Addr(), cfg.source, cmp.Or(cfg.socket(), "seafile.sock, which is not there yet: "+strings.Join(cfg.sockets, ", ")), s.maxClients)
+	s.clientListener = newPlainListener(ln, s.handler)
+	if err := s.serveMetrics(); err != nil {
+		return err
+	}
+	members := cfg.seafileSocket()
+	if members == "" {
+		members = "seafile.sock, which is not there yet: " + strings.Join(cfg.sockets, ", ")
+	}
+	lg.infof("notification server started on %s; configuration: %s; "+
+		"group members are asked of %s; at most %d clients, by the limit of open files",
+		s.clientListener.Addr(), cfg.source, members, maxClients())
 	served := make(chan error, 1)
-	go func() { served <- s.http.Serve(ln) }()
-	sdNotify(getenv, "READY=1")
-	watchdog, _ := strconv.Atoi(getenv("WATCHDOG_USEC"))
-	gc, collections := debug.GCStats{}, int64(0)
-	for tick, half := time.Tick(time.Second), time.Tick(time.Duration(watchdog)*time.Microsecond/2); ; { // nil for 0
+	go func() { served <- s.http.Serve(s.clientListener) }()
+	notifySystemd(getenv, "READY=1")
+	return s.loop(signals, served, getenv)
+}
+
+// serveMetrics serves /metrics on its own port, if one is configured.
+func (s *server) serveMetrics() error {
+	if s.cfg.metrics == "" {
+		return nil
+	}
+	ln, err := net.Listen("tcp", s.cfg.metrics)
+	if err != nil {
+		return fmt.Errorf("cannot serve metrics: %w: "+
+			"set metrics to an address of this machine with a port that is free", err)
+	}
+	s.metricsListener = ln
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+		s.writeMetrics(w)
+	})
+	go func() {
+		err := newHTTPServer(mux, s.log).Serve(newPlainListener(ln, s.handler))
+		if !errors.Is(err, net.ErrClosed) {
+			s.log.errorf("cannot serve metrics on %s any more: %v: restart this server", ln.Addr(), err)
+		}
+	}()
+	return nil
+}
+
+func (s *server) writeMetrics(w io.Writer) {
+	g := s.hub.gauges()
+	g.logLinesLost = s.log.linesLost()
+	s.metrics.write(w, g)
+}
+
+// loop does what time and signals bring about, until a signal stops the server.
+func (s *server) loop(
+	signals <-chan os.Signal, served <-chan error, getenv func(string) string,
+) error {
+	ticks := time.NewTicker(tickInterval)
+	defer ticks.Stop()
+	var watchdog <-chan time.Time // nil: never
+	if period, _ := strconv.Atoi(getenv("WATCHDOG_USEC")); period > 1 {
+		half := time.NewTicker(time.Duration(period) * time.Microsecond / 2)
+		defer half.Stop()
+		watchdog = half.C
+	}
+	for {
 		select {
-		case <-tick:
-			s.sweep()
-			if debug.ReadGCStats(&gc); gc.NumGC > collections && time.Since(gc.LastGC) > 10*time.Second {
-				debug.FreeOSMemory() // what a flood has left, Go alone gives back only after 2 minutes
-				collections = gc.NumGC + 1
-			}
-		case <-half: // of the watchdog's time
-			s.publish(&event{message: &message{}}, nil) // with figures takes the locks that each event takes: a stuck one ends this
-			s.figures()
-			sdNotify(getenv, "WATCHDOG=1")
+		case <-ticks.C:
+			s.hub.tick()
+			s.clientListener.makeRoom()
+			s.memory.tick(s.clock.uptime())
+		case <-watchdog:
+			// This takes hub.mu and the locks of the metrics. If one of them is stuck,
+			// systemd hears nothing any more, and starts the server anew.
+			s.writeMetrics(io.Discard)
+			notifySystemd(getenv, "WATCHDOG=1")
 		case err := <-served:
-			return fmt.Errorf("cannot accept connections on %s any more: %w", ln.Addr(), err)
+			return fmt.Errorf("cannot accept connections on %s any more: %w",
+				s.clientListener.Addr(), err)
 		case sig := <-signals:
 			switch sig {
 			case syscall.SIGUSR1:
-				lg.reopen()
+				s.log.reopen()
 			case syscall.SIGUSR2:
-				lg.infof("metrics: %s", strings.Join(slices.DeleteFunc(s.figures(), func(line string) bool { return line[0] == '#' }), " "))
+				s.logMetrics()
 			default:
-				lg.infof("stopping on signal %q", sig)
-				sdNotify(getenv, "STOPPING=1")
-				metrics.Close()
-				ln.Close()                         // frees the port
-				time.Sleep(100 * time.Millisecond) // net/http drops requests that it has not read when it shuts down
-				s.shutdown()
-				lg.infof("stopped")
+				s.log.infof("stopping on signal %q", sig)
+				notifySystemd(getenv, "STOPPING=1")
+				s.stop()
+				s.log.infof("stopped")
 				return nil
 			}
 		}
 	}
 }
 
-// listen takes the socket that systemd hands over (sd_listen_fds(3)), or opens the configured one.
-func listen(cfg *config, getenv func(string) string) net.Listener {
-	if n := getenv("LISTEN_FDS"); getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) && n != "0" {
-		file := os.NewFile(3, "socket from systemd") // SD_LISTEN_FDS_START
-		defer file.Close()                           // FileListener has its own copy
-		ln, err := net.FileListener(file)
-		failIf(err != nil || n != "1", "cannot serve what systemd handed over, %s sockets: %v: the .socket unit needs one ListenStream=, not more", n, cmp.Or(err, errors.New("only one can be served")))
-		return ln
+// logMetrics writes the metrics as one line to the log.
+func (s *server) logMetrics() {
+	var text strings.Builder
+	s.writeMetrics(&text)
+	var samples []string
+	for line := range strings.Lines(text.String()) {
+		if !strings.HasPrefix(line, "#") {
+			samples = append(samples, strings.TrimSpace(line))
+		}
 	}
-	ln, err := (&net.ListenConfig{KeepAlive: -1}).Listen(context.Background(), "tcp", net.JoinHostPort(cfg.host, cfg.port)) // no probes: the server pings
-	failIf(errors.Is(err, syscall.EADDRINUSE), "cannot listen: %v: another server, an earlier start of this one, or systemd holds the port: stop it first (pkill -f \"notification-server -c\", or systemctl stop notification-server.socket), or change port in %s", err, cfg.portAt)
-	failIf(errors.Is(err, syscall.EADDRNOTAVAIL), "cannot listen: %v: this machine has no such address: set host to one of its own or to 0.0.0.0; in a cluster, start the server on that node only", err)
-	failIf(err != nil, "cannot listen: %v: check host and port, and that this user may use them", err)
-	return ln
+	s.log.infof("metrics: %s", strings.Join(samples, " "))
 }
 
-// sdNotify tells systemd the state of the service (sd_notify(3)), if it asks.
-func sdNotify(getenv func(string) string, state string) {
-	if conn, err := net.Dial("unixgram", getenv("NOTIFY_SOCKET")); err == nil { // a leading @ means the abstract name space here, too
-		conn.Write([]byte(state))
-		conn.Close()
+// stop frees the port first, so that the next server can start, then answers the
+// requests in flight, then closes the clients. It takes less than 5 s.
+func (s *server) stop() {
+	if s.metricsListener != nil {
+		s.metricsListener.Close()
 	}
+	s.clientListener.Close()
+	// net/http drops the requests that it has accepted but not read when it shuts down.
+	time.Sleep(unreadRequest)
+	s.shutdown()
+}
+
+// shutdown waits for requests, then closes all clients, and waits for them.
+func (s *server) shutdown() {
+	ctx, cancel := context.WithTimeout(context.Background(), requestsWait)
+	defer cancel()
+	s.http.Shutdown(ctx)
+	s.hub.closeAll()
+}
+
+// listen takes the socket that systemd hands over (sd_listen_fds(3)), or opens the
+// configured one.
+func listen(cfg *config, getenv func(string) string) (net.Listener, error) {
+	handed := getenv("LISTEN_FDS")
+	if getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) && handed != "0" {
+		return listenHanded(handed)
+	}
+	// No keep-alive probes of TCP: the server pings its clients.
+	lc := net.ListenConfig{KeepAlive: -1}
+	ln, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(cfg.host, cfg.port))
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("cannot listen: %w: another server, an earlier start of this one, "+
+			"or systemd holds the port: stop it first (pkill -f \"notification-server -c\", or "+
+			"systemctl stop notification-server.socket), or change port in %s", err, cfg.portFrom)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return nil, fmt.Errorf("cannot listen: %w: this machine has no such address: set host to one "+
+			"of its own or to 0.0.0.0; in a cluster, start the server on that node only", err)
+	case err != nil:
+		return nil, fmt.Errorf("cannot listen: %w: "+
+			"check host and port, and that this user may use them", err)
+	}
+	return ln, nil
+}
+
+// listenHanded takes the one socket from systemd; handed is how many it hands over.
+func listenHanded(handed string) (net.Listener, error) {
+	if handed != "1" {
+		return nil, fmt.Errorf("systemd handed over %s sockets, but only one can be served: "+
+			"the .socket unit needs one ListenStream=, not more", handed)
+	}
+	file := os.NewFile(3, "socket from systemd") // SD_LISTEN_FDS_START
+	defer file.Close()                           // FileListener has its own copy
+	ln, err := net.FileListener(file)
+	if err != nil {
+		return nil, fmt.Errorf("cannot serve the socket that systemd handed over: %w: "+
+			"the .socket unit needs one ListenStream=", err)
+	}
+	return ln, nil
+}
+
+// notifySystemd tells systemd the state of the service (sd_notify(3)), if it asks for
+// it. A leading @ means the abstract name space, in Go as in systemd.
+func notifySystemd(getenv func(string) string, state string) {
+	path := getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return
+	}
+	conn, err := net.DialTimeout("unixgram", path, notifyWait)
+	if err != nil {
+		return // systemd notices by itself what does not come
+	}
+	defer conn.Close()
+	conn.SetWriteDeadline(time.Now().Add(notifyWait))
+	io.WriteString(conn, state)
+}
+
+// A memoryReturner gives memory back to the system after a burst. Go alone takes
+// minutes to do so. It stays idle while there was no garbage collection.
+type memoryReturner struct {
+	last        time.Duration // uptime of the last look
+	collections int64
+}
+
+func (r *memoryReturner) tick(uptime time.Duration) {
+	if uptime-r.last < memoryPeriod {
+		return
+	}
+	r.last = uptime
+	var stats debug.GCStats
+	debug.ReadGCStats(&stats)
+	if stats.NumGC > r.collections {
+		debug.FreeOSMemory()
+		r.collections = stats.NumGC + 1
+	}
+}
+
+// recoverPanic, deferred, keeps a bug in one goroutine from ending the process.
+func recoverPanic(lg *logger, what string) {
+	if p := recover(); p != nil {
+		logPanic(lg, what, p)
+	}
+}
+
+func logPanic(lg *logger, what string, p any) {
+	lg.errorf("%s: a bug in this server: %v; please report this: %s", what, p, debug.Stack())
 }
 
 // ---- Configuration ----
+//
+// What the environment and seafile.conf say, and nothing else reads either. loadConfig
+// returns a config or an error, and logs nothing. It shows no key in any text. This
+// room has no lock and starts no goroutine.
 
+// A config is what the server needs to know.
 type config struct {
-	file       string // of the settings, whether it is there or not
-	source     string // which file and variables they come from, for the log
-	enabled    bool
-	host, port string
-	portAt     string // where port was set: file:line, or a variable
-	level      slog.Level
-	key        []byte
-	metrics    string   // HOST:PORT, or "" for none
-	sockets    []string // where seafile.sock may be; the first that exists is asked
-	warnings   []string // for the log, at each start
+	file       string // path of seafile.conf, whether it was read or not
+	source     string // for the start line: where each setting came from, in one line
+	enabled    bool   // false: do not run, and the fields below are not checked
+	host, port string // to listen on; host without brackets
+	portFrom   string // where to change port: FILE:LINE, FILE or "environment variable X"
+	logLevel   slog.Level
+	key        []byte   // shared with seaf-server
+	metrics    string   // HOST:PORT to serve /metrics on, or "" for none
+	sockets    []string // where seafile.sock may be, in order; the first that exists is asked
+	warnings   []string // for the log at each start: sentences with their place in front
+	faults     []string // like warnings, but with them notifications do not work
+	senders    senders  // how the programs that post events are configured
 }
 
-// loadConfig reads seafile.conf in the directory path, or path itself, and what the environment says in its place.
-func loadConfig(path string, getenv func(string) string) *config {
-	dir, cfg := path, &config{file: filepath.Join(path, "seafile.conf")}
-	if info, err := os.Stat(path); err == nil && !info.IsDir() || err != nil && strings.HasSuffix(path, ".conf") {
-		dir, cfg.file = filepath.Dir(path), path
-	}
-	_, err := os.Stat(dir)
-	failIf(err != nil, "cannot read the configuration: %v: give the directory that holds seafile.conf with -c", err)
-	data, err := os.ReadFile(cfg.file)
-	cfg.source = cfg.file
-	if errors.Is(err, os.ErrNotExist) && getenv("JWT_PRIVATE_KEY") != "" {
-		cfg.source, err = "no file (there is no "+cfg.file+")", nil
-	}
-	failIf(err != nil, "cannot read the configuration: %v: it must be readable to this user, or missing and JWT_PRIVATE_KEY set in the environment", err)
-	settings := parseConfig(cfg.file, string(data))
-	get := func(key, variable string) setting {
-		if value := getenv(variable); value != "" {
-			cfg.source += ", " + variable
-			return setting{value, "environment variable " + variable}
-		}
-		return settings[key]
-	}
-	warnIf := func(condition bool, at setting, text string) {
-		if condition {
-			cfg.warnings = append(cfg.warnings, at.where+": "+text)
-		}
-	}
-	enabled := settings["enabled"]
-	cfg.enabled, err = strconv.ParseBool(cmp.Or(strings.ToLower(enabled.value), "true"))
-	failIf(err != nil, "%s: enabled must be true or false", enabled.where)
-	cfg.host = cmp.Or(get("host", "NOTIFICATION_SERVER_HOST").value, "0.0.0.0")
-	port := cmp.Or(get("port", "NOTIFICATION_SERVER_PORT"), setting{"8083", cfg.file})
-	n, err := strconv.ParseUint(port.value, 10, 16)
-	failIf(cfg.enabled && (err != nil || n == 0), "%s: port must be a number from 1 to 65535, not %q", port.where, port.value)
-	cfg.port, cfg.portAt = port.value, port.where
-	metrics := get("metrics", "NOTIFICATION_SERVER_METRICS")
-	cfg.metrics = metrics.value
-	_, _, err = net.SplitHostPort(cmp.Or(cfg.metrics, ":"))
-	failIf(cfg.enabled && err != nil, "%s: metrics must be HOST:PORT, as in 127.0.0.1:9083, not %q", metrics.where, cfg.metrics)
-	v := get("log_level", "NOTIFICATION_SERVER_LOG_LEVEL")
-	level, known := levels[cmp.Or(strings.ToLower(v.value), "info")]
-	cfg.level = level
-	warnIf(!known, v, fmt.Sprintf("log_level %q is not known and means info; use debug, info, warning or error", v.value))
-	key := get("jwt_private_key", "JWT_PRIVATE_KEY")
-	cfg.key = []byte(key.value)
-	const remedy = ": make one with \"openssl rand -base64 32\", the same for seaf-server, and restart Seafile"
-	failIf(cfg.enabled && key.value == "", "%s: section [notification] has no jwt_private_key, nor has the environment JWT_PRIVATE_KEY%s", cfg.file, remedy)
-	warnIf(key.value == "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F", key, "jwt_private_key is the one printed in Seafile's manual, with which anyone can forge events and read them"+remedy)
-	warnIf(cfg.enabled && len(key.value) < 32, key, "jwt_private_key is shorter than 32 bytes and may be guessed"+remedy)
-	if rpc := getenv("SEAFILE_RPC_PIPE_PATH"); rpc != "" {
-		cfg.sockets = []string{filepath.Join(rpc, "seafile.sock")}
-	}
-	cfg.sockets = append(cfg.sockets, filepath.Join(dir, "../seafile-server-latest/runtime/seafile.sock"), filepath.Join(dir, "../seafile-data/seafile.sock"))
-	return cfg
+// senders is what loadConfig saw of the configuration of the programs that post events:
+// seaf-server and the file server. -check compares it with the address it listens on.
+type senders struct {
+	// environmentAlone: the key came from JWT_PRIVATE_KEY, JWT_PRIVATE_KEY_FILE or
+	// /run/secrets, as in Seafile 12 and later. seafile.conf was not read.
+	environmentAlone bool
+
+	// Seafile 10 to 12 read these in [notification] of seafile.conf. The values are
+	// as seaf-server reads them, not as this server does. Both are zero if
+	// environmentAlone.
+	host string // as written, with brackets and white space; missing is ""
+	port int    // missing or unreadable is 0
+
+	// Seafile 13 and 14 read these variables; here as in this process's environment,
+	// which need not be theirs. "" is unset.
+	enableVariable string // ENABLE_NOTIFICATION_SERVER, "true" is on
+	innerURL       string // INNER_NOTIFICATION_SERVER_URL, to which events are posted
 }
 
-type setting struct{ value, where string } // where: file:line, or the name of a variable
+const (
+	section = "notification" // of seafile.conf
 
-// parseConfig returns the settings of section [notification]. An error does not show the line: it may be the key.
-func parseConfig(file, data string) map[string]setting {
-	settings, ours := map[string]setting{}, false
-	for i, line := range strings.Split(strings.TrimPrefix(data, "\ufeff"), "\n") {
-		line = strings.TrimSpace(line)
-		where := fmt.Sprintf("%s:%d", file, i+1)
-		switch key, value, found := strings.Cut(line, "="); {
-		case line == "" || line[0] == '#' || line[0] == ';':
-		case line[0] == '[':
-			whole := line[len(line)-1] == ']'
-			failIf(!whole && (ours || strings.HasPrefix(strings.TrimSpace(line[1:]), "notification")), "%s: a section header must end with its bracket, as in [notification], and nothing behind it", where)
-			ours = whole && strings.TrimSpace(line[1:len(line)-1]) == "notification"
-		case ours:
-			failIf(!found || line[0] == '=', "%s: neither \"key = value\" nor a comment (a line that begins with # or ;): correct or remove it", where)
-			settings[strings.TrimSpace(key)] = setting{strings.TrimSpace(value), where}
-		}
-	}
-	return settings
+	// runPath is where Docker mounts secrets, and Debian's packages have seafile.sock.
+	runPath = "/run"
+
+	maxConfigSize = 1 << 20         // bytes of seafile.conf or of a file with a key
+	configWait    = 5 * time.Second // for a file that is a pipe
+	minKeySize    = 32              // bytes; RFC 7518, section 3.2 asks for as many as the hash has
+
+	// manualKey is printed in Seafile's manual.
+	manualKey = "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F"
+
+	newKeyRemedy = `make one with "openssl rand -base64 32", the same for seaf-server, ` +
+		`and restart Seafile`
+)
+
+// loadConfig reads the configuration. path is what -c names: the directory of
+// seafile.conf, or that file. If the environment has a key, it alone configures, as in
+// the server that Seafile 12 and later ship, and seafile.conf is not opened. An error
+// says what to do, and so do the warnings and faults of the config.
+func loadConfig(path string, getenv func(string) string) (*config, error) {
+	return loadConfigIn(path, getenv, runPath)
 }
 
-func (cfg *config) socket() string {
+// loadConfigIn is loadConfig for tests, with another directory in the place of /run.
+func loadConfigIn(path string, getenv func(string) string, run string) (*config, error) {
+	l := &configLoader{cfg: &config{enabled: true}, getenv: getenv, run: run}
+	if err := l.locate(path); err != nil {
+		return nil, err
+	}
+	l.findSockets()
+	l.cfg.senders.enableVariable = l.variable("ENABLE_NOTIFICATION_SERVER").value
+	l.cfg.senders.innerURL = l.variable("INNER_NOTIFICATION_SERVER_URL").value
+	l.variable("SEAFILE_LOG_TO_STDOUT") // only for its warning, see logToStdout
+	key, err := l.environmentKey()
+	if err != nil {
+		return nil, err
+	}
+	if key.place == "" {
+		key, err = l.readFile()
+		if err != nil {
+			return nil, err
+		}
+	}
+	if !l.cfg.enabled {
+		l.cfg.warnings, l.cfg.faults = nil, nil
+		return l.cfg, nil
+	}
+	if err := l.readSettings(key); err != nil {
+		return nil, err
+	}
+	return l.cfg, nil
+}
+
+// logToStdout reports whether the environment asks for the log on standard output.
+func logToStdout(getenv func(string) string) bool {
+	return withoutQuotes(getenv("SEAFILE_LOG_TO_STDOUT")) == "true"
+}
+
+// seafileSocket returns the first seafile.sock that exists at this moment, or "".
+func (cfg *config) seafileSocket() string {
 	for _, path := range cfg.sockets {
 		if _, err := os.Stat(path); err == nil {
 			return path
@@ -360,269 +604,1968 @@ func (cfg *config) socket() string {
 	return ""
 }
 
-// ---- Tokens ----
-
-// claims are what a token says. Each subscription has its own: one connection can carry several accounts.
-type claims struct {
-	Expires   *float64 `json:"exp"` // Unix time in seconds
-	NotBefore float64  `json:"nbf"`
-	RepoID    string   `json:"repo_id"`
-	Username  string   `json:"username"`
-	due       float64  // Unix time at which a subscriber is told that it runs out
+// A setting is a value and where it came from.
+type setting struct {
+	value string
+	place string // FILE:LINE or "environment variable X"; "" if it is set nowhere
 }
 
-func (s *server) unixSeconds() float64 { return float64(s.clock.wall().UnixMicro()) / 1e6 }
-
-// verify returns the claims of a JSON Web Token (RFC 7515, 7519) signed with HS256; no other algorithm is ever tried.
-func (s *server) verify(token string) (_ claims, err error) {
-	defer catch(&err)
-	parts := strings.Split(token, ".")
-	refuseIf(len(parts) != 3 || strings.ContainsAny(token, "\r\n"), 401, "malformed", "the token is not three parts of base64url") // newlines the decoder skips
-	var raw [3][]byte
-	for i, part := range parts {
-		raw[i], err = base64.RawURLEncoding.Strict().DecodeString(part)
-		refuseIf(err != nil, 401, "malformed", "the token is not three parts of unpadded base64url")
+// from names the place, for the line at the start.
+func (s setting) from() string {
+	if s.place == "" {
+		return "by default"
 	}
-	var header map[string]any // whose names, unlike a struct's, match in this case only; all of Seafile's programs write {"alg":"HS256","typ":"JWT"}
-	refuseIf(parts[0] != "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9" && (json.Unmarshal(raw[0], &header) != nil || header["alg"] != "HS256"), 401, "algorithm", "the token's header does not name HS256")
-	mac := hmac.New(sha256.New, s.cfg.key)
-	mac.Write([]byte(token[:strings.LastIndexByte(token, '.')]))
-	refuseIf(!hmac.Equal(raw[2], mac.Sum(nil)), 401, "signature", "the token's signature does not match: jwt_private_key differs between here and seaf-server or Seahub, or one of them was not restarted since it changed")
-	var c claims
-	err = json.Unmarshal(raw[1], &c)
-	refuseIf(err != nil || c.Expires == nil, 401, "malformed", "the token's claims are not an object with a number as exp: %v", err)
-	now := s.unixSeconds()
-	refuseIf(*c.Expires <= now-3600, 401, "long-expired", "the token expired more than an hour ago")
-	refuseIf(*c.Expires <= now, 401, "expired", "the token expired %.0f s ago: if this goes on, the clocks of this machine and of seaf-server's differ", now-*c.Expires)
-	refuseIf(c.NotBefore > now, 401, "not-yet", "the token is valid only in %.0f s: the clocks of this machine and of its maker's differ", c.NotBefore-now)
-	return c, nil
+	return "from " + s.place
 }
 
-// ---- The map of subscriptions ----
+// A configLoader does the steps of loadConfig.
+type configLoader struct {
+	cfg    *config
+	getenv func(string) string
+	run    string              // /run, but in tests
+	dir    string              // the one that -c names
+	file   *keyFile            // nil if seafile.conf was not read
+	meant  map[string]keyValue // what file sets, as far as it can be told; by key
+}
+
+// warn adds a warning about something that stands at place.
+func (l *configLoader) warn(place, format string, args ...any) {
+	l.cfg.warnings = append(l.cfg.warnings, place+": "+fmt.Sprintf(format, args...))
+}
+
+// fault adds a fault in seafile.conf at line, or in the whole file if line is 0.
+func (l *configLoader) fault(line int, format string, args ...any) {
+	l.cfg.faults = append(l.cfg.faults, l.at(line)+": "+fmt.Sprintf(format, args...))
+}
+
+// at names a line of seafile.conf; line 0 is the whole file.
+func (l *configLoader) at(line int) string {
+	if line == 0 {
+		return l.cfg.file
+	}
+	return fmt.Sprintf("%s:%d", l.cfg.file, line)
+}
+
+// locate finds out which directory and which file path means.
+func (l *configLoader) locate(path string) error {
+	l.dir = path
+	l.cfg.file = filepath.Join(path, "seafile.conf")
+	info, err := os.Stat(path)
+	isFile := err == nil && !info.IsDir()
+	if isFile || err != nil && strings.HasSuffix(path, ".conf") {
+		l.dir = filepath.Dir(path)
+		l.cfg.file = path
+	}
+	if _, err := os.Stat(l.dir); err != nil {
+		return fmt.Errorf("cannot read the configuration: %w: "+
+			"give the directory that holds seafile.conf with -c", err)
+	}
+	return nil
+}
+
+// findSockets lists where seaf-server's socket may be. It may come to exist later.
+func (l *configLoader) findSockets() {
+	var places []string
+	if rpc := l.variable("SEAFILE_RPC_PIPE_PATH").value; rpc != "" {
+		places = append(places, rpc)
+	}
+	places = append(places,
+		filepath.Join(l.dir, "seafile-server-latest/runtime"),
+		filepath.Join(l.dir, "../seafile-server-latest/runtime"),
+		filepath.Join(l.dir, "../seafile-data"),
+		filepath.Join(l.run, "seafile"))
+	for _, place := range places {
+		l.cfg.sockets = append(l.cfg.sockets, filepath.Join(place, "seafile.sock"))
+	}
+}
+
+// -- The environment --
+
+// variable returns the value of an environment variable without white space and quotes
+// around it, of which it warns. Nobody means them, but an env file that was copied by
+// hand has them. An empty variable counts as unset.
+func (l *configLoader) variable(name string) setting {
+	value := l.getenv(name)
+	place := "environment variable " + name
+	plain := withoutQuotes(value)
+	if plain != value {
+		l.warn(place, "white space or quotes stand around its value: they are ignored here, "+
+			"but other programs take them as part of it: write %s=VALUE without them", name)
+	}
+	if plain == "" {
+		return setting{}
+	}
+	return setting{plain, place}
+}
+
+// withoutQuotes returns value without white space and one pair of quotes around it.
+func withoutQuotes(value string) string {
+	value = strings.TrimSpace(value)
+	for _, quote := range []string{`"`, "'"} {
+		inside, opened := strings.CutPrefix(value, quote)
+		inside, closed := strings.CutSuffix(inside, quote)
+		if opened && closed {
+			return strings.TrimSpace(inside)
+		}
+	}
+	return value
+}
+
+// environmentKey returns the key that the environment holds or names the file of.
+// Without one, its place is "".
+func (l *configLoader) environmentKey() (setting, error) {
+	value := l.getenv("JWT_PRIVATE_KEY")
+	path := l.variable("JWT_PRIVATE_KEY_FILE").value
+	switch {
+	case value != "" && path != "":
+		return setting{}, errors.New("environment variables JWT_PRIVATE_KEY and " +
+			"JWT_PRIVATE_KEY_FILE are both set, and only one can hold: remove one of them")
+	case path != "":
+		return l.keyFromFile(path, path+" (environment variable JWT_PRIVATE_KEY_FILE)")
+	case value != "":
+		return l.environmentAlone(setting{value, "environment variable JWT_PRIVATE_KEY"})
+	}
+	return setting{}, nil
+}
+
+// keyFromFile reads a file that holds a key and nothing else, as secrets of Docker,
+// Podman and systemd do. One line end behind the key does not count.
+func (l *configLoader) keyFromFile(path, place string) (setting, error) {
+	data, err := readSmallFile(path)
+	if err != nil {
+		return setting{}, fmt.Errorf("%s: cannot read the key: %w: "+
+			"the file must exist, hold the key alone, and be readable to this user", place, err)
+	}
+	if key, ended := strings.CutSuffix(data, "\n"); ended {
+		data = strings.TrimSuffix(key, "\r")
+	}
+	if data == "" {
+		return setting{}, fmt.Errorf("%s: the file is empty: write the key into it, "+
+			"the same as JWT_PRIVATE_KEY of Seafile", place)
+	}
+	return l.environmentAlone(setting{data, place})
+}
+
+// environmentAlone notes that the environment alone configures, with this key.
+func (l *configLoader) environmentAlone(key setting) (setting, error) {
+	plain := withoutQuotes(key.value)
+	if plain == "" {
+		return setting{}, fmt.Errorf("%s: the key is only white space or quotes: "+
+			"set it to JWT_PRIVATE_KEY of Seafile", key.place)
+	}
+	if plain != key.value {
+		l.warn(key.place, "white space, a line end or quotes stand around the key and are taken "+
+			"as part of it: if Seafile has the key without them, no token fits: remove them")
+	}
+	l.cfg.senders.environmentAlone = true
+	return key, nil
+}
+
+// readSmallFile reads a file, or a pipe whose writer is there already.
+func readSmallFile(path string) (string, error) {
+	// O_NONBLOCK: a FIFO that nobody writes must not stop the start.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	f.SetReadDeadline(time.Now().Add(configWait)) // fails for a regular file, which needs none
+	data, err := io.ReadAll(io.LimitReader(f, maxConfigSize+1))
+	if err != nil {
+		return "", err
+	}
+	if len(data) > maxConfigSize {
+		return "", fmt.Errorf("%s has more than %d bytes", path, maxConfigSize)
+	}
+	return string(data), nil
+}
+
+// -- seafile.conf --
+
+// readFile reads seafile.conf and returns the key that it holds, if any. Where there is
+// no such file, a secret of Docker's may hold the key.
+func (l *configLoader) readFile() (setting, error) {
+	data, err := readSmallFile(l.cfg.file)
+	if errors.Is(err, os.ErrNotExist) {
+		secret := filepath.Join(l.run, "secrets/JWT_PRIVATE_KEY")
+		if _, err := os.Stat(secret); err == nil {
+			return l.keyFromFile(secret, secret)
+		}
+	}
+	if err != nil {
+		return setting{}, fmt.Errorf("cannot read the configuration: %w: it must be readable to "+
+			"this user; or set JWT_PRIVATE_KEY or JWT_PRIVATE_KEY_FILE in the environment", err)
+	}
+	l.file = parseKeyFile(data)
+	l.findMeant()
+	if err := l.checkLines(); err != nil {
+		return setting{}, err
+	}
+	if err := l.readEnabled(); err != nil {
+		return setting{}, err
+	}
+	if !l.cfg.enabled {
+		return setting{}, nil
+	}
+	l.checkSenders()
+	return l.fileKey()
+}
+
+// findMeant finds what the file sets: as seaf-server finds it, or else in a section whose
+// header has white space in its brackets.
+func (l *configLoader) findMeant() {
+	l.meant = map[string]keyValue{}
+	for _, name := range l.file.names {
+		if meansSection(name) && name != section {
+			maps.Copy(l.meant, l.file.groups[name].keys)
+		}
+	}
+	if group := l.file.groups[section]; group != nil {
+		maps.Copy(l.meant, group.keys)
+	}
+}
+
+// meansSection reports whether name is that of our section, also with white space in
+// the brackets, with which seaf-server takes it for another one.
+func meansSection(name string) bool {
+	return strings.TrimSpace(name) == section
+}
+
+// checkLines looks at the lines for which seaf-server refuses the whole file. One in
+// our section is an error where nobody can tell what it is meant to set.
+func (l *configLoader) checkLines() error {
+	if len(l.file.bad) == 0 {
+		return nil
+	}
+	for _, bad := range l.file.bad {
+		switch bad.fault {
+		case faultNoPair, faultNoKey, faultHeaderOpen:
+			opens := strings.HasPrefix(strings.TrimSpace(bad.header), section)
+			if opens || meansSection(bad.group) {
+				return fmt.Errorf("%s: %s", l.at(bad.line), bad.fault)
+			}
+		}
+	}
+	first := l.file.bad[0]
+	more := ""
+	if n := len(l.file.bad) - 1; n > 0 {
+		more = fmt.Sprintf("; %d more such lines follow, the next is line %d", n, l.file.bad[1].line)
+	}
+	l.fault(first.line, "seaf-server 10 to 12 refuses the whole file and does not start: %s%s",
+		first.fault, more)
+	return nil
+}
+
+// readEnabled reads whether the server is to run.
+func (l *configLoader) readEnabled() error {
+	v := l.meant["enabled"]
+	if trimASCII(v.raw) == "" {
+		return nil // checkSenders tells that seaf-server takes this for off
+	}
+	enabled, ok := v.boolean()
+	if !ok {
+		word, _, _ := strings.Cut(trimASCII(v.raw), " ")
+		switch strings.ToLower(strings.Trim(word, `"'`)) {
+		case "true", "t", "yes", "on", "1":
+			enabled = true
+		case "false", "f", "no", "off", "0":
+			enabled = false
+		default:
+			return fmt.Errorf("%s: enabled must be true or false: correct it", l.at(v.line))
+		}
+	}
+	l.cfg.enabled = enabled
+	return nil
+}
+
+// checkSenders notes what seaf-server 10 to 12 makes of host and port, and the faults for
+// which it sends no event.
+func (l *configLoader) checkSenders() {
+	for _, name := range l.file.names {
+		if meansSection(name) && name != section {
+			l.fault(l.file.groups[name].line, "seaf-server 10 to 12 takes [%s] for another "+
+				"section than [notification] and reads nothing of it: write [notification], "+
+				"without white space in the brackets", name)
+		}
+	}
+	if l.file.groups[section] == nil {
+		return // a fault or the missing key says so
+	}
+	v, ok := l.senderValue("enabled", "enabled = true")
+	if _, readable := v.boolean(); ok && !readable {
+		l.fault(v.line, "seaf-server 10 to 12 takes this value of enabled for off: "+
+			"write enabled = true, in lower case and with nothing behind it")
+	}
+	v, ok = l.senderValue("host", "host = ADDRESS with the address of this server, "+
+		"127.0.0.1 on the same machine")
+	if ok {
+		l.checkSenderHost(v)
+	}
+	v, ok = l.senderValue("port", "port = 8083")
+	port, _ := v.integer()
+	l.cfg.senders.port = port
+	if ok && (port < 1 || port > 65535) {
+		// It is also an error, unless the environment sets the port to listen on.
+		l.fault(v.line, "port is no number from 1 to 65535, so seaf-server 10 to 12 sends no "+
+			"events: write port = 8083")
+	}
+}
+
+// senderValue returns what seaf-server finds for key. A missing one is a fault that line
+// mends.
+func (l *configLoader) senderValue(key, line string) (keyValue, bool) {
+	group := l.file.groups[section]
+	v, ok := group.keys[key]
+	if !ok {
+		l.fault(group.line, "%s is missing in this section, so seaf-server 10 to 12 sends no "+
+			"events: add the line %s", key, line)
+	}
+	return v, ok
+}
+
+func (l *configLoader) checkSenderHost(v keyValue) {
+	host, ok := v.text()
+	l.cfg.senders.host = host
+	plain := trimASCII(host)
+	switch {
+	case !ok:
+		l.fault(v.line, "seaf-server 10 to 12 cannot read host, because it is not UTF-8, or "+
+			"holds a backslash, so it sends no events: correct it")
+	case plain == "":
+		l.fault(v.line, "host is empty, so seaf-server 10 to 12 sends no events: "+
+			"write host = ADDRESS with the address of this server, 127.0.0.1 on the same machine")
+	case plain != host:
+		l.fault(v.line, "white space stands behind host, and seaf-server 10 to 12 takes it as "+
+			"part of the address, so it sends no events: remove it")
+	case strings.Contains(host, ":") && !strings.HasPrefix(host, "["):
+		l.fault(v.line, "seaf-server 10 to 12 makes a URL of host as it is written, and an IPv6 "+
+			"address without brackets gives none, so it sends no events: write host = [%s]", host)
+	}
+}
+
+// fileKey returns the key of seafile.conf, with warnings where Seafile's programs may
+// read it in more than one way.
+func (l *configLoader) fileKey() (setting, error) {
+	v := l.meant["jwt_private_key"]
+	key, readable := v.text()
+	if strings.TrimSpace(key) == "" {
+		return setting{}, l.noKey(v.line)
+	}
+	place := l.at(v.line)
+	switch {
+	case !readable:
+		l.fault(v.line, "seaf-server 10 and 11 cannot read jwt_private_key, because it is not "+
+			"UTF-8, or holds a backslash that begins none of \\\\ \\s \\t \\n \\r: %s", newKeyRemedy)
+	case strings.Contains(v.raw, `\`):
+		l.warn(place, "jwt_private_key holds a backslash, which seaf-server and this server take "+
+			"as the start of an escape, but Seafile's web part may not: %s", newKeyRemedy)
+	}
+	if trimASCII(v.raw) != v.raw {
+		l.warn(place, "jwt_private_key ends in white space, which seaf-server and this server take "+
+			"as part of the key, but Seafile's web part may not: remove it and restart Seafile")
+	}
+	return setting{key, place}, nil
+}
+
+// noKey says that there is no key, and as far as can be told, why. line is that of an
+// empty jwt_private_key, or 0.
+func (l *configLoader) noKey(line int) error {
+	reason := ""
+	if group := l.file.groups[section]; line == 0 && group != nil {
+		line = group.line
+	}
+	for _, name := range l.file.names {
+		if !meansSection(name) && strings.EqualFold(strings.TrimSpace(name), section) {
+			reason = fmt.Sprintf(" (line %d says [%s], but the name must be in lower case)",
+				l.file.groups[name].line, name)
+		}
+	}
+	if len(l.file.bad) > 0 {
+		bad := l.file.bad[0]
+		reason = fmt.Sprintf(" (and in line %d, %s)", bad.line, bad.fault)
+	}
+	return fmt.Errorf("%s: section [notification] has no jwt_private_key%s, and the environment "+
+		"has neither JWT_PRIVATE_KEY nor JWT_PRIVATE_KEY_FILE: in Seafile 12 and later, set the "+
+		"JWT_PRIVATE_KEY that Seafile has; in 10 and 11, %s", l.at(line), reason, newKeyRemedy)
+}
+
+// -- The settings --
+
+// readSettings reads all settings but enabled: each from the environment if it is set
+// there, else from seafile.conf if that was read.
+func (l *configLoader) readSettings(key setting) error {
+	l.checkKey(key)
+	host, err := l.readHost()
+	if err != nil {
+		return err
+	}
+	port, err := l.readPort()
+	if err != nil {
+		return err
+	}
+	metrics, err := l.readMetrics()
+	if err != nil {
+		return err
+	}
+	level := l.readLogLevel()
+	l.cfg.source = fmt.Sprintf("host %s, port %s, log_level %s, jwt_private_key %s",
+		host.from(), port.from(), level.from(), key.from())
+	if metrics.place != "" {
+		l.cfg.source += ", metrics " + metrics.from()
+	}
+	if l.cfg.senders.environmentAlone {
+		l.cfg.source += " (the environment alone; seafile.conf is not read)"
+	}
+	return nil
+}
+
+// setting returns what the environment says, or else the file.
+func (l *configLoader) setting(key, variable string) setting {
+	if s := l.variable(variable); s.value != "" {
+		return s
+	}
+	v := l.meant[key]
+	text, _ := v.text()
+	text = trimASCII(text)
+	if text == "" {
+		return setting{}
+	}
+	return setting{text, l.at(v.line)}
+}
+
+// checkKey takes the key, and warns of one that can be guessed.
+func (l *configLoader) checkKey(key setting) {
+	l.cfg.key = []byte(key.value)
+	if key.value == manualKey {
+		l.warn(key.place, "jwt_private_key is the one printed in Seafile's manual, "+
+			"with which anyone can forge events and read them: %s", newKeyRemedy)
+	}
+	if len(key.value) < minKeySize {
+		l.warn(key.place, "jwt_private_key is shorter than %d bytes and may be guessed: %s",
+			minKeySize, newKeyRemedy)
+	}
+}
+
+func (l *configLoader) readHost() (setting, error) {
+	host := l.setting("host", "NOTIFICATION_SERVER_HOST")
+	l.cfg.host = "0.0.0.0"
+	if host.value == "" {
+		return host, nil
+	}
+	var ok bool
+	if l.cfg.host, ok = plainHost(host.value); !ok {
+		return host, fmt.Errorf("%s: host must be an address or a name, without http:// and "+
+			"without a port, as in 127.0.0.1 or [::1], not %q%s",
+			host.place, host.value, commentHint(host.value))
+	}
+	return host, nil
+}
+
+// plainHost returns host without brackets, and whether it can be an address or a name.
+func plainHost(host string) (string, bool) {
+	inside, open := strings.CutPrefix(host, "[")
+	inside, closed := strings.CutSuffix(inside, "]")
+	addr, err := netip.ParseAddr(inside)
+	if open || closed {
+		return inside, open && closed && err == nil && addr.Is6()
+	}
+	if err == nil {
+		return host, true
+	}
+	for _, r := range host {
+		if !unicode.IsLetter(r) && !unicode.IsDigit(r) && !strings.ContainsRune("-._", r) {
+			return host, false
+		}
+	}
+	return host, true
+}
+
+func (l *configLoader) readPort() (setting, error) {
+	l.cfg.port = "8083"
+	l.cfg.portFrom = "environment variable NOTIFICATION_SERVER_PORT"
+	if l.file != nil {
+		l.cfg.portFrom = l.cfg.file
+	}
+	s := l.variable("NOTIFICATION_SERVER_PORT")
+	scheme, _, _ := strings.Cut(s.value, "://")
+	if scheme == "tcp" || scheme == "udp" {
+		l.warn(s.place, "a %s:// address is what Kubernetes sets for a Service named "+
+			"notification-server, not a port, and is ignored: set enableServiceLinks: false, "+
+			"or give the Service another name", scheme)
+		s = setting{}
+	}
+	if s.value != "" {
+		number, err := strconv.Atoi(s.value)
+		return s, l.takePort(number, err == nil, s)
+	}
+	v := l.meant["port"]
+	if trimASCII(v.raw) == "" {
+		return setting{}, nil
+	}
+	s = setting{trimASCII(v.raw), l.at(v.line)}
+	number, ok := v.integer()
+	return s, l.takePort(number, ok, s)
+}
+
+// takePort sets the port to listen on; ok is false if s is no number.
+func (l *configLoader) takePort(number int, ok bool, s setting) error {
+	if !ok || number < 1 || number > 65535 {
+		return fmt.Errorf("%s: port must be a number from 1 to 65535, not %q%s",
+			s.place, s.value, commentHint(s.value))
+	}
+	l.cfg.port = strconv.Itoa(number)
+	l.cfg.portFrom = s.place
+	return nil
+}
+
+func (l *configLoader) readMetrics() (setting, error) {
+	metrics := l.setting("metrics", "NOTIFICATION_SERVER_METRICS")
+	if metrics.value == "" {
+		return metrics, nil
+	}
+	if _, _, err := net.SplitHostPort(metrics.value); err != nil {
+		return metrics, fmt.Errorf("%s: metrics must be HOST:PORT, as in 127.0.0.1:9083, not %q%s",
+			metrics.place, metrics.value, commentHint(metrics.value))
+	}
+	l.cfg.metrics = metrics.value
+	return metrics, nil
+}
+
+// readLogLevel never fails: a log at the wrong level is better than no notifications.
+func (l *configLoader) readLogLevel() setting {
+	l.cfg.logLevel = slog.LevelInfo
+	level := l.setting("log_level", "NOTIFICATION_SERVER_LOG_LEVEL")
+	switch strings.ToLower(level.value) {
+	case "debug":
+		l.cfg.logLevel = slog.LevelDebug
+	case "info", "":
+	case "warning", "warn":
+		l.cfg.logLevel = slog.LevelWarn
+	case "error":
+		l.cfg.logLevel = slog.LevelError
+	default:
+		l.warn(level.place, "log_level %q is not known and means info: "+
+			"use debug, info, warning or error", level.value)
+	}
+	return level
+}
+
+// commentHint explains a value that is wrong for the comment behind it.
+func commentHint(value string) string {
+	if strings.ContainsAny(value, "#;") {
+		return ": a comment needs a line of its own, which begins with #"
+	}
+	return ""
+}
+
+// -- The format of seafile.conf --
+
+// A keyFile is what GLib's GKeyFile, with which seaf-server 10 to 12 reads seafile.conf,
+// makes of a file. GKeyFile refuses a file at its first bad line. Here reading goes on
+// behind it, so that what is meant can be told.
+type keyFile struct {
+	groups map[string]*keyGroup // by name; a group given twice is one
+	names  []string             // of the groups, in order
+	bad    []badLine            // in order; GKeyFile refuses the file at the first
+}
+
+type keyGroup struct {
+	line int                 // of its first header
+	keys map[string]keyValue // by name; of a key given twice, the last
+}
+
+// A badLine is a line for which GKeyFile refuses the file.
+type badLine struct {
+	line   int
+	group  string // in which it stands
+	fault  lineFault
+	header string // of a header that is not closed: what stands behind its bracket
+}
+
+// A lineFault says what is wrong with a line, and what to do.
+type lineFault string
 
 const (
-	reservedFiles = 64                      // descriptors kept from clients, for events, /ping and the log
-	repeatDelay   = 4 * time.Second         // a desktop client forgets an update 1.0–1.6 s after its download, and heeds it again after 3–6 s
-	repeatWindow  = 30 * time.Second        // between two updates, within which the newer one may be forgotten
-	pingAfter     = 20 * time.Second        // of silence; proxies cut at 50–60 s, browsers do not ping
-	deadAfter     = 60 * time.Second        // without a frame
-	idleLimit     = 2 * time.Minute         // without a subscription
-	drainTime     = 2800 * time.Millisecond // over which clients are closed at the end, since all come back together
+	faultBOM lineFault = "the file begins with a byte order mark: " +
+		"save it as UTF-8 without one"
+	faultSemicolon lineFault = "the line begins with ;, which is no comment there: " +
+		"begin comments with #"
+	// The line is not shown: it may be the key.
+	faultNoPair lineFault = "the line is neither \"key = value\" nor a comment, " +
+		"which begins with #: correct or remove it"
+	faultNoKey lineFault = "no key stands before the =: " +
+		"correct or remove the line"
+	faultNoGroup lineFault = "a setting stands before the first section: " +
+		"move it below the header of its section"
+	faultHeaderOpen lineFault = "a section header must end with its bracket, " +
+		"as in [notification]: correct it"
+	faultBehindHeader lineFault = "something stands behind a section header: " +
+		"move it to a line of its own"
+	faultGroupName lineFault = "the name of a section is empty, or holds [ or a control character: " +
+		"correct it"
+	faultKeyName lineFault = "the name of a key holds a bracket: " +
+		"correct it"
+	faultEncoding lineFault = "the first section sets Encoding, but not to UTF-8: " +
+		"remove the line"
 )
 
-// A server holds everything. Its map from library to subscriptions is guarded by mu, which is held to look up and
-// to queue, never to write: 10,000 subscribers take some ms. A conn's own lock may be taken under it, not the reverse.
-type server struct {
-	log        *logger
-	cfg        *config
-	clock      clock
-	http       *http.Server
-	maxClients int64
-	clients    atomic.Int64 // WebSocket connections, and those about to be
-	decoding   sync.Mutex   // held for a long message of a client
-	metrics
-
-	mu            sync.Mutex // guards all below, and the fields of conn and library that say so
-	libraries     map[string]*library
-	conns         map[*conn]bool
-	batch         []*conn // with something to write, until flush
-	subscriptions int
-}
-
-type library struct { // a repo with at least one subscription; guarded by server.mu
-	id      string // the repo ID
-	subs    map[*conn]*claims
-	updated time.Duration // uptime at the newest update
-	repeat  *message      // that update, if it is to be repeated
-}
-
-func newServer(cfg *config, lg *logger, clk clock) *server {
-	var limit syscall.Rlimit // Go has raised the soft limit to the hard one before main
-	syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
-	s := &server{
-		log: lg, cfg: cfg, clock: clk, maxClients: max(int64(min(limit.Cur, 1<<22))-reservedFiles, 1), libraries: map[string]*library{}, conns: map[*conn]bool{},
-		metrics: metrics{started: clk.wall(), counts: map[[2]string]int{}, quiet: map[string]time.Duration{}},
+// parseKeyFile reads data as GLib's g_key_file_load_from_file does. The file is refused
+// if there is a bad line.
+func parseKeyFile(data string) *keyFile {
+	p := &keyFileParser{file: &keyFile{groups: map[string]*keyGroup{}}}
+	if rest, found := strings.CutPrefix(data, "\ufeff"); found {
+		p.file.bad = []badLine{{line: 1, fault: faultBOM}}
+		data = rest
 	}
-	s.http = s.httpServer(s)
+	for line := range strings.Lines(data) {
+		p.line++
+		if text, ended := strings.CutSuffix(line, "\n"); ended {
+			line = strings.TrimSuffix(text, "\r")
+		}
+		p.parseLine(line)
+	}
+	return p.file
+}
+
+type keyFileParser struct {
+	file  *keyFile
+	line  int       // number of the current line, from 1
+	name  string    // of the current group
+	group *keyGroup // the current one, nil before the first header
+}
+
+func (p *keyFileParser) addBad(fault lineFault) {
+	p.file.bad = append(p.file.bad, badLine{line: p.line, group: p.name, fault: fault})
+}
+
+// parseLine reads one line, without its end. GLib takes a zero byte for the end of a line.
+func (p *keyFileParser) parseLine(line string) {
+	line = strings.TrimLeft(line, asciiSpace)
+	text, behindZero, _ := strings.Cut(line, "\x00")
+	switch {
+	case text == "" || text[0] == '#':
+		return
+	case text[0] == '[':
+		p.parseHeader(text, behindZero)
+		return
+	}
+	name, _, found := strings.Cut(text, "=")
+	switch {
+	case !found && text[0] == ';':
+		p.addBad(faultSemicolon)
+	case !found:
+		p.addBad(faultNoPair)
+	case name == "":
+		p.addBad(faultNoKey)
+	case p.group == nil:
+		p.addBad(faultNoGroup)
+	default:
+		value := strings.TrimLeft(line[len(name)+1:], asciiSpace)
+		p.addKey(strings.TrimRight(name, asciiSpace), value)
+	}
+}
+
+// parseHeader reads a line that begins with a bracket. GLib looks for the last bracket
+// that closes it, also behind a zero byte, and then refuses the name.
+func (p *keyFileParser) parseHeader(text, behindZero string) {
+	name, behind, closed := strings.Cut(text[1:], "]")
+	if !closed {
+		p.addBad(faultHeaderOpen)
+		p.file.bad[len(p.file.bad)-1].header = name
+		p.name, p.group = "", &keyGroup{keys: map[string]keyValue{}}
+		return
+	}
+	behind = skipContinuation(behind)
+	for behind != "" && (behind[0] == ' ' || behind[0] == '\t') {
+		behind = skipContinuation(behind[1:])
+	}
+	switch {
+	case behind != "":
+		p.addBad(faultBehindHeader)
+	case name == "" || strings.ContainsFunc(name, badInGroupName) || strings.Contains(behindZero, "]"):
+		p.addBad(faultGroupName)
+	}
+	p.name = name
+	p.group = p.file.groups[name]
+	if p.group == nil {
+		p.group = &keyGroup{line: p.line, keys: map[string]keyValue{}}
+		p.file.groups[name] = p.group
+		p.file.names = append(p.file.names, name)
+	}
+}
+
+func badInGroupName(r rune) bool {
+	return r == '[' || r < ' ' || r == 0x7f
+}
+
+// addKey adds what stands behind name. Of Encoding, GLib compares all of it.
+func (p *keyFileParser) addKey(name, value string) {
+	inFirst := len(p.file.names) > 0 && p.name == p.file.names[0]
+	switch {
+	case !goodKeyName(name):
+		p.addBad(faultKeyName)
+	case name == "Encoding" && inFirst && !strings.EqualFold(value, "UTF-8"):
+		p.addBad(faultEncoding)
+	default:
+		value, _, _ = strings.Cut(value, "\x00")
+		p.group.keys[name] = keyValue{value, p.line}
+	}
+}
+
+// goodKeyName reports whether GLib takes a name: it may hold no brackets, but for a
+// locale at its end, as in Name[de].
+func goodKeyName(name string) bool {
+	end := strings.IndexAny(name, "[]")
+	if end < 0 {
+		return true
+	}
+	if end == 0 || name[end] == ']' || name[end-1] == ' ' {
+		return false
+	}
+	locale, closed := strings.CutSuffix(name[end+1:], "]")
+	if !closed {
+		return false
+	}
+	for locale != "" {
+		r, _ := utf8.DecodeRuneInString(locale)
+		if !unicode.IsLetter(r) && !unicode.IsNumber(r) && !strings.ContainsRune("-_.@", r) {
+			return false
+		}
+		locale = skipContinuation(locale[1:])
+	}
+	return true
+}
+
+// skipContinuation returns s without the bytes at its start that continue a character of
+// UTF-8. GLib steps over them so, whatever stands before them.
+func skipContinuation(s string) string {
+	for s != "" && !utf8.RuneStart(s[0]) {
+		s = s[1:]
+	}
 	return s
 }
 
-func (s *server) subscribe(c *conn, cl claims) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	lib := s.libraries[cl.RepoID]
-	if lib == nil {
-		lib = &library{id: cl.RepoID, subs: map[*conn]*claims{}, updated: -repeatWindow}
-		s.libraries[lib.id] = lib
-	}
-	if _, renewed := lib.subs[c]; !renewed {
-		c.libraries = append(c.libraries, lib)
-		s.subscriptions++
-	}
-	cl.due = max(*cl.Expires-10, min(*cl.Expires, s.unixSeconds()+50)) // told early, a client renews it in time, and misses nothing
-	lib.subs[c], c.due = &cl, min(c.due, cl.due)
+// A keyValue is what stands behind a key: from the first character that is no white
+// space to the end of the line.
+type keyValue struct {
+	raw  string
+	line int
 }
 
-func (s *server) unsubscribe(c *conn, chosen func(*library) bool) { // mu must be held
-	if len(c.libraries) > 0 {
-		c.bare = s.clock.uptime() // what counts is the last time
+// text returns what g_key_file_get_string does. Where that fails, for an unknown escape or
+// what is not UTF-8, it returns what can be made of the value, and false.
+func (v keyValue) text() (string, bool) {
+	if !utf8.ValidString(v.raw) {
+		return trimASCII(v.raw), false
 	}
-	c.due = math.Inf(1)
-	c.libraries = slices.DeleteFunc(c.libraries, func(lib *library) bool {
-		if !chosen(lib) {
-			c.due = min(c.due, lib.subs[c].due)
-			return false
+	decode := strings.NewReplacer(`\s`, " ", `\t`, "\t", `\n`, "\n", `\r`, "\r", `\\`, `\`)
+	remove := strings.NewReplacer(`\s`, "", `\t`, "", `\n`, "", `\r`, "", `\\`, "")
+	return decode.Replace(v.raw), !strings.Contains(remove.Replace(v.raw), `\`)
+}
+
+// boolean returns what g_key_file_get_boolean does; ok is false where that fails, which
+// seaf-server takes for false.
+func (v keyValue) boolean() (value, ok bool) {
+	switch strings.TrimRight(v.raw, asciiSpace) {
+	case "true", "1":
+		return true, true
+	case "false", "0":
+		return false, true
+	}
+	return false, false
+}
+
+// integer returns what g_key_file_get_integer does; ok is false where that fails, which
+// seaf-server takes for 0. White space and then anything may follow the number.
+func (v keyValue) integer() (value int, ok bool) {
+	text := strings.TrimLeft(v.raw, asciiSpace+"\v") // as strtol, which skips \v too
+	if end := strings.IndexAny(text, asciiSpace); end >= 0 {
+		text = text[:end]
+	}
+	n, err := strconv.ParseInt(text, 10, 32)
+	if err != nil {
+		return 0, false
+	}
+	return int(n), true
+}
+
+const asciiSpace = " \t\n\f\r" // as g_ascii_isspace: without \v
+
+// trimASCII removes white space at both ends.
+func trimASCII(s string) string {
+	return strings.Trim(s, asciiSpace)
+}
+
+// ---- Tokens ----
+//
+// The check of JSON Web Tokens, and the reader of JSON that it shares with events
+// and client messages. This part knows the key and the time, and nothing of HTTP or
+// connections. It never tries another algorithm than HS256. It has no lock and no
+// goroutine.
+
+const (
+	maxToken = 8 << 10 // bytes; Seafile's have some 300
+	maxNames = 64      // in one JSON object
+
+	// An event's token is valid for at most so long from now on. Seafile's programs make
+	// them for 5 to 9 minutes; a client's token lives for days.
+	maxEventLifetime = time.Hour
+
+	// A token that expired so long ago was not made with a wrong clock.
+	longExpired = time.Hour
+)
+
+// A refusal is an error that is told to whoever caused it.
+type refusal struct {
+	status int    // of HTTP, or of a close frame
+	reason string // one word, for the metrics
+	text   string // what was wrong and what to do
+}
+
+func (r *refusal) Error() string { return r.text }
+
+func refuse(status int, reason, format string, args ...any) *refusal {
+	return &refusal{status, reason, fmt.Sprintf(format, args...)}
+}
+
+// quoted quotes at most 100 bytes of a text that came from outside.
+func quoted(text string) string {
+	return strconv.Quote(text[:min(len(text), 100)])
+}
+
+// claims are what a token says (RFC 7519, section 4.1). Each subscription has its
+// own: one connection can carry several accounts.
+type claims struct {
+	expires  float64 // Unix time in seconds
+	repoID   string
+	username string
+	foreign  string // names a claim that no token for this server has, "" for none
+}
+
+// A verifier checks tokens with the key that this server shares with seaf-server.
+type verifier struct {
+	key []byte
+	now func() time.Time
+}
+
+func (v *verifier) unixNow() float64 { return unixSeconds(v.now()) }
+
+func unixSeconds(t time.Time) float64 { return float64(t.UnixMicro()) / 1e6 }
+
+// verify returns the claims of a token signed with HS256 (RFC 7515, RFC 7519) that is
+// valid now. An error is a *refusal with status 401.
+func (v *verifier) verify(token string) (claims, error) {
+	header, payload, signature, err := splitToken(token)
+	if err != nil {
+		return claims{}, err
+	}
+	if err := checkHeader(header); err != nil {
+		return claims{}, err
+	}
+	signed := token[:strings.LastIndexByte(token, '.')]
+	if !hmac.Equal(signature, hs256(v.key, signed)) {
+		return claims{}, refuse(401, "signature", "the token's signature does not match: "+
+			"jwt_private_key differs between here and seaf-server or Seahub, "+
+			"or one of them was not restarted since it changed")
+	}
+	c, notBefore, err := parseClaims(payload)
+	if err != nil {
+		return claims{}, refuse(401, "malformed", "the token's claims are malformed: %v", err)
+	}
+	now := v.unixNow()
+	switch {
+	case c.expires <= now-longExpired.Seconds():
+		return claims{}, refuse(401, "long-expired", "the token expired more than an hour ago")
+	case c.expires <= now:
+		return claims{}, refuse(401, "expired", "the token expired %.0f s ago: if this goes on, "+
+			"the clocks of this machine and of seaf-server's differ", now-c.expires)
+	case notBefore > now:
+		return claims{}, refuse(401, "not-yet", "the token is valid only in %.0f s: "+
+			"the clocks of this machine and of its maker's differ", notBefore-now)
+	}
+	return c, nil
+}
+
+// verifyEvent checks a token that came with an event. The key signs other tokens, too,
+// some of them for visitors without an account, so only what Seafile's own programs put
+// into an event's token is accepted.
+func (v *verifier) verifyEvent(token string) (claims, error) {
+	c, err := v.verify(token)
+	switch {
+	case err != nil:
+		return claims{}, err
+	case c.username != "":
+		return claims{}, refuse(403, "client-token",
+			"a client's token is good for subscriptions, not for events")
+	case c.foreign != "":
+		return claims{}, refuse(403, "claims", "the token has the claim %s "+
+			"that no event's token has: it was made for something else", c.foreign)
+	case c.expires > v.unixNow()+maxEventLifetime.Seconds():
+		return claims{}, refuse(403, "lifetime", "the token is valid for more than an hour, "+
+			"as no event's token is: it was made for something else, "+
+			"or the clocks of this machine and of its maker's differ")
+	}
+	return c, nil
+}
+
+// verifySubscription checks a token that a client has for the library repoID.
+func (v *verifier) verifySubscription(token, repoID string) (claims, error) {
+	c, err := v.verify(token)
+	switch {
+	case err != nil:
+		return claims{}, err
+	case c.foreign != "":
+		return claims{}, refuse(403, "claims", "the token has the claim %s "+
+			"that no library's token has: it was made for something else", c.foreign)
+	case c.repoID != repoID:
+		return claims{}, refuse(403, "other-library", "the token is for another library")
+	}
+	return c, nil
+}
+
+// splitToken decodes the three parts of a token.
+func splitToken(token string) (header, payload, signature []byte, err error) {
+	if len(token) > maxToken {
+		return nil, nil, nil, refuse(401, "malformed", "the token is longer than %d bytes", maxToken)
+	}
+	parts := strings.Split(token, ".")
+	// The decoder skips line ends, and the signature covers what it does not skip.
+	if len(parts) != 3 || strings.ContainsAny(token, "\r\n") {
+		return nil, nil, nil, refuse(401, "malformed", "the token is not three parts of base64url")
+	}
+	var decoded [3][]byte
+	for i, part := range parts {
+		decoded[i], err = base64.RawURLEncoding.Strict().DecodeString(part)
+		if err != nil {
+			return nil, nil, nil, refuse(401, "malformed",
+				"the token is not three parts of unpadded base64url")
 		}
-		if delete(lib.subs, c); len(lib.subs) == 0 {
-			delete(s.libraries, lib.id)
+	}
+	return decoded[0], decoded[1], decoded[2], nil
+}
+
+// checkHeader accepts a header that names HS256 and no extension that must be
+// understood ("crit": RFC 7515, section 4.1.11).
+func checkHeader(header []byte) error {
+	if string(header) == tokenHeader {
+		return nil
+	}
+	var algorithm string
+	var critical bool
+	err := readObject(header, func(name, value []byte) error {
+		switch string(name) {
+		case "alg":
+			algorithm, _ = jsonString(value)
+		case "crit":
+			critical = true
 		}
-		s.subscriptions--
-		return true
+		return nil
 	})
-}
-
-// publish queues ev for the subscribers that it is for, and returns how many they are. Events queued one
-// after the other arrive in that order everywhere. members are the users it is for, where it is for a group.
-func (s *server) publish(ev *event, members map[string]bool) int {
-	ev.accepted = s.clock.uptime()
-	s.mu.Lock()
-	defer s.flush()
-	lib := cmp.Or(s.libraries[ev.repoID], &library{updated: -repeatWindow}) // nobody's
-	if ev.replaces != "" {
-		lib.repeat = nil
-		if ev.accepted-lib.updated < repeatWindow {
-			lib.repeat = ev.message
-		}
-		lib.updated = ev.accepted
+	switch {
+	case err != nil || algorithm != "HS256":
+		return refuse(401, "algorithm", "the token's header does not name HS256")
+	case critical:
+		return refuse(401, "algorithm",
+			"the token's header names extensions (crit), and this server knows none")
 	}
-	return s.deliver(lib, ev.message, func(_ *conn, user string) bool {
-		return (ev.user == "" || ev.user == user) && (members == nil || members[user])
-	})
+	return nil
 }
 
-// deliver queues m for each live subscription of lib that is wanted, and returns how many took it. mu must be held.
-func (s *server) deliver(lib *library, m *message, wanted func(c *conn, user string) bool) (n int) {
-	now := s.unixSeconds()
-	for c, cl := range lib.subs {
-		if *cl.Expires > now && wanted(c, cl.Username) && s.queue(c, m) {
-			n++
-			if s.log.level == slog.LevelDebug {
-				s.log.debugf("to %s, user %q: %q", c.name, cl.Username, m.text)
+// tokenHeader is the header that all of Seafile's programs write.
+const tokenHeader = `{"alg":"HS256","typ":"JWT"}`
+
+func hs256(key []byte, text string) []byte {
+	mac := hmac.New(sha256.New, key)
+	mac.Write([]byte(text))
+	return mac.Sum(nil)
+}
+
+// sign makes a token as seaf-server does.
+func sign(key []byte, claims string) string {
+	enc := base64.RawURLEncoding
+	text := enc.EncodeToString([]byte(tokenHeader)) + "." + enc.EncodeToString([]byte(claims))
+	return text + "." + enc.EncodeToString(hs256(key, text))
+}
+
+// parseClaims returns the claims of a token and its nbf, in Unix seconds. A claim that
+// is unknown, or a username that is no string, makes claims.foreign.
+func parseClaims(payload []byte) (c claims, notBefore float64, err error) {
+	expires := false
+	err = readObject(payload, func(name, value []byte) (err error) {
+		switch string(name) {
+		case "exp":
+			expires = true
+			c.expires, err = jsonNumber(value)
+		case "nbf":
+			notBefore, err = jsonNumber(value)
+		case "iat":
+			_, err = jsonNumber(value)
+		case "repo_id":
+			var ok bool
+			if c.repoID, ok = jsonString(value); !ok {
+				err = errors.New("repo_id is not a string")
+			}
+		case "username":
+			var ok bool
+			if c.username, ok = jsonString(value); !ok {
+				c.foreign = "username, which is not a string,"
+			}
+		default:
+			c.foreign = quoted(string(name))
+		}
+		return err
+	})
+	if err == nil && !expires {
+		err = errors.New("there is no exp")
+	}
+	return c, notBefore, err
+}
+
+// readObject checks that data is one JSON object in UTF-8 in which no name is given twice, and
+// calls visit for each member. Names match in their exact case only.
+func readObject(data []byte, visit func(name, value []byte) error) error {
+	if !utf8.Valid(data) {
+		return errors.New("not UTF-8")
+	}
+	var compact bytes.Buffer
+	compact.Grow(len(data))
+	if err := json.Compact(&compact, data); err != nil {
+		return err
+	}
+	var seen [][]byte
+	return eachMember(compact.Bytes(), func(name, value []byte) error {
+		for _, other := range seen {
+			if bytes.Equal(other, name) {
+				return fmt.Errorf("%s is given twice", quoted(string(name)))
 			}
 		}
+		if len(seen) == maxNames {
+			return fmt.Errorf("more than %d names in one object", maxNames)
+		}
+		seen = append(seen, name)
+		return visit(name, value)
+	})
+}
+
+// eachMember calls visit for each member of a JSON object, in order, until visit
+// returns an error. The object must be valid and compact, as json.Compact leaves it.
+func eachMember(object []byte, visit func(name, value []byte) error) error {
+	if len(object) == 0 || object[0] != '{' {
+		return errors.New("not a JSON object")
+	}
+	for rest := object[1:]; rest[0] != '}'; {
+		size := valueSize(rest)
+		name := rest[:size]
+		rest = rest[size+len(":"):]
+		if bytes.IndexByte(name, '\\') < 0 {
+			name = name[1 : len(name)-1]
+		} else if decoded, ok := jsonString(name); ok {
+			name = []byte(decoded)
+		}
+		size = valueSize(rest)
+		if err := visit(name, rest[:size]); err != nil {
+			return err
+		}
+		rest = bytes.TrimPrefix(rest[size:], []byte(","))
+	}
+	return nil
+}
+
+// eachElement calls visit for each element of a JSON array, like eachMember.
+func eachElement(array []byte, visit func(value []byte) error) error {
+	if len(array) == 0 || array[0] != '[' {
+		return errors.New("not a JSON array")
+	}
+	for rest := array[1:]; rest[0] != ']'; {
+		size := valueSize(rest)
+		if err := visit(rest[:size]); err != nil {
+			return err
+		}
+		rest = bytes.TrimPrefix(rest[size:], []byte(","))
+	}
+	return nil
+}
+
+// valueSize returns how many bytes the JSON value at the beginning of data takes.
+// The data must be valid and compact.
+func valueSize(data []byte) int {
+	depth := 0
+	for i := 0; i < len(data); i++ {
+		switch data[i] {
+		case '"':
+			for i++; data[i] != '"'; i++ {
+				if data[i] == '\\' {
+					i++
+				}
+			}
+		case '{', '[':
+			depth++
+		case '}', ']':
+			depth--
+			if depth < 0 {
+				return i // the end of what the value is in
+			}
+		case ',', ':':
+			if depth == 0 {
+				return i
+			}
+		}
+	}
+	return len(data)
+}
+
+// jsonString decodes a JSON string, and reports whether value is one.
+func jsonString(value []byte) (string, bool) {
+	if len(value) < 2 || value[0] != '"' {
+		return "", false
+	}
+	if bytes.IndexByte(value, '\\') < 0 {
+		return string(value[1 : len(value)-1]), true
+	}
+	var text string
+	err := json.Unmarshal(value, &text)
+	return text, err == nil
+}
+
+func jsonNumber(value []byte) (float64, error) {
+	n, err := strconv.ParseFloat(string(value), 64)
+	if err != nil {
+		return 0, errors.New("exp, nbf or iat is not a number of seconds")
+	}
+	return n, nil
+}
+
+// ---- Hub ----
+//
+// The map from repo ID to subscriptions, and what time does to them: updates that are sent
+// again, tokens that run out, pings, silence. Only its methods touch the map. It parses
+// nothing and writes to no socket; while it is locked it logs nothing. hub.mu is held for
+// less than a millisecond at a time, but for an event with many subscribers: to queue it
+// for 10,000 takes some milliseconds. hub.tick runs in the main loop.
+
+const (
+	repeatAfter    = 2500 * time.Millisecond // see remember
+	rememberFor    = 90 * time.Second        // a client returns after 60 s, see remember
+	maxRemembered  = 100_000                 // libraries
+	maxNewcomers   = 100_000                 // new subscriptions that an update is sent to again
+	sweepInterval  = time.Second
+	sweepBatch     = 1000                    // clients or subscriptions looked at in one go
+	removeBatch    = 250                     // subscriptions ended in one go
+	awayAfter      = 5 * time.Second         // between two sweeps: the process was stopped
+	pingAfter      = 20 * time.Second        // of silence; proxies cut at 50–60 s
+	unansweredMax  = 2                       // pings
+	stalledAfter   = 20 * time.Second        // without 16 KiB written to a slow client
+	idleLimit      = 2 * time.Minute         // without a subscription
+	idleLimitFull  = 10 * time.Second        // before the first one, while places are scarce
+	renewalWarning = 10                      // seconds before a token's end
+	remindAfter    = 20 * time.Second        // a renewal that is on its way has come by then
+	keepFor        = 60 * time.Second        // after a token's end, see renewal
+	maxWaiting     = 1024                    // events of one library that wait for members
+	maxWaitingAll  = 8192                    // of all libraries
+	maxWaitingSize = 64 << 20                // bytes of them
+	drainTime      = 2800 * time.Millisecond // over which clients are closed at the end
+)
+
+// A hub knows who has subscribed to what.
+type hub struct {
+	clock   clock
+	log     *logger
+	metrics *metrics
+	places  int // for clients
+
+	swept   time.Duration // uptime of the last sweep; for the goroutine that calls tick
+	resumed time.Duration // uptime at which the process ran on after it was stopped; likewise
+
+	mu            sync.Mutex // guards all below, and what says so in client
+	libraries     map[string]*library
+	clients       []*client // in no order; each knows its index
+	subscriptions int
+	subscribed    int // libraries with a subscription
+
+	updates    *list.List    // of *library: those with a remembered update, the oldest first
+	nextRepeat *list.Element // the first of updates that was not told a second time; nil for none
+	newcomers  []newcomer    // the oldest first
+
+	waiting     int // events that wait for group members
+	waitingSize int // bytes of them
+}
+
+// A library is one that somebody has subscribed to, or that changed lately.
+type library struct {
+	id            string // repo ID
+	subscriptions map[*client]*subscription
+	newest        *message      // the remembered update, nil for none
+	updated       time.Duration // uptime at which it was told
+	element       *list.Element // of hub.updates, nil for none
+	waiting       []*event      // an event for a group, and all that came after it
+}
+
+// A subscription is one client's to one library. The user belongs to it and not to the
+// client: a desktop client can carry several accounts.
+type subscription struct {
+	client  *client
+	library *library
+	index   int // in client.subscriptions
+	user    string
+	expires float64  // Unix time in seconds
+	due     float64  // Unix time at which sweep has to look at it
+	renewal *renewal // nil until jwt-expired was sent, or the token ran out
+}
+
+// A renewal begins with jwt-expired and ends with the new subscription. Meanwhile the desktop
+// client ignores every event of the library (measured), so they are kept for it.
+type renewal struct {
+	sent     bool          // jwt-expired
+	sentAt   time.Duration // uptime
+	reminded bool          // jwt-expired was sent again
+	ended    bool          // the token has run out
+	endedAt  time.Duration // uptime
+	kept     []*message
+	overflow bool // more came than is kept
+}
+
+// A newcomer is a new subscription to which an update is sent again.
+type newcomer struct {
+	subscription *subscription
+	update       *message
+	repeatAt     time.Duration // uptime
+}
+
+// newHub returns a hub without clients. There are places for so many.
+func newHub(clk clock, lg *logger, m *metrics, places int) *hub {
+	return &hub{
+		clock:     clk,
+		log:       lg,
+		metrics:   m,
+		places:    places,
+		libraries: map[string]*library{},
+		updates:   list.New(),
+		swept:     clk.uptime(),
+	}
+}
+
+// add makes c known. It has no subscription yet.
+func (h *hub) add(c *client) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c.index = len(h.clients)
+	c.idleSince = h.clock.uptime()
+	c.due = math.Inf(1)
+	h.clients = append(h.clients, c)
+}
+
+// remove forgets c and its subscriptions. A client can have thousands of them, so it locks
+// the hub for some at a time.
+func (h *hub) remove(c *client) {
+	for h.removeSome(c, removeBatch) {
+	}
+}
+
+// removeSome forgets at most n subscriptions of c, then c, and reports whether there is
+// more to forget.
+func (h *hub) removeSome(c *client, n int) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for ; n > 0 && len(c.subscriptions) > 0; n-- {
+		h.drop(c.subscriptions[len(c.subscriptions)-1])
+	}
+	if len(c.subscriptions) > 0 {
+		return true
+	}
+	last := h.clients[len(h.clients)-1]
+	h.clients[c.index], last.index = last, c.index
+	h.clients[len(h.clients)-1] = nil
+	h.clients = h.clients[:len(h.clients)-1]
+	return false
+}
+
+// subscribe lets c have the events of the library that cl names, or renews its
+// subscription. It reports false for a token that ends no later than the one that jwt-expired
+// was about: the client has to fetch another.
+func (h *hub) subscribe(c *client, cl claims) bool {
+	b := batch{log: h.log}
+	defer b.flush()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	lib := h.library(cl.repoID)
+	sub := lib.subscriptions[c]
+	listensAnew := sub == nil || sub.renewal != nil
+	hasUpdate := false // the newest update is among what was kept
+	switch {
+	case sub == nil:
+		sub = h.addSubscription(c, lib)
+	case sub.renewal != nil:
+		if cl.expires <= sub.expires {
+			return false
+		}
+		if sub.renewal.overflow {
+			b.queue(c, closeFrame(statusRestart, "renewal-overflow", "too much came during the renewal"))
+		}
+		for _, m := range sub.renewal.kept {
+			hasUpdate = hasUpdate || m.isUpdate
+			b.queueFor(sub, m.acceptedAt(h.clock.uptime()))
+		}
+		h.endRenewal(sub)
+	}
+	sub.user = cl.username
+	sub.expires = cl.expires
+	sub.due = h.warningTime(cl.expires)
+	c.due = min(c.due, sub.due)
+	if listensAnew && c.desktop {
+		h.welcome(&b, sub, hasUpdate)
+	}
+	return true
+}
+
+// warningTime is when jwt-expired is sent, in Unix seconds: some seconds before the token's
+// end, so that the client has renewed it by then. For a token that lives for less than a
+// minute it is its end, or 50 s from now.
+func (h *hub) warningTime(expires float64) float64 {
+	return max(expires-renewalWarning, min(expires, unixSeconds(h.clock.wall())+50))
+}
+
+// welcome sends the library's newest update to a new desktop subscription, if it is not older
+// than 90 s, and again 2.5 s later: the client was away when it came, or has just begun to
+// sync. mu must be held.
+func (h *hub) welcome(b *batch, sub *subscription, hasUpdate bool) {
+	uptime := h.clock.uptime()
+	m := sub.library.newest
+	if m == nil || uptime-sub.library.updated >= rememberFor {
+		return
+	}
+	if !hasUpdate {
+		b.queueFor(sub, m.acceptedAt(uptime))
+	}
+	h.newcomers = append(h.newcomers, newcomer{sub, m, uptime + repeatAfter})
+	if len(h.newcomers) > maxNewcomers {
+		h.repeatToFirstNewcomer(b) // early: better than not at all
+	}
+}
+
+// unsubscribe ends c's subscription to the library repoID, if it has one.
+func (h *hub) unsubscribe(c *client, repoID string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if lib := h.libraries[repoID]; lib != nil {
+		if sub := lib.subscriptions[c]; sub != nil {
+			h.drop(sub)
+		}
+	}
+}
+
+// library returns the library repoID, new if it is not known. mu must be held.
+func (h *hub) library(repoID string) *library {
+	lib := h.libraries[repoID]
+	if lib == nil {
+		lib = &library{id: repoID}
+		h.libraries[repoID] = lib
+	}
+	return lib
+}
+
+// addSubscription makes a subscription of c to lib. mu must be held.
+func (h *hub) addSubscription(c *client, lib *library) *subscription {
+	sub := &subscription{client: c, library: lib, index: len(c.subscriptions)}
+	if lib.subscriptions == nil {
+		lib.subscriptions = map[*client]*subscription{}
+	}
+	if len(lib.subscriptions) == 0 {
+		h.subscribed++
+	}
+	lib.subscriptions[c] = sub
+	c.subscriptions = append(c.subscriptions, sub)
+	h.subscriptions++
+	return sub
+}
+
+// drop ends a subscription. mu must be held.
+func (h *hub) drop(sub *subscription) {
+	c, lib := sub.client, sub.library
+	h.endRenewal(sub)
+	delete(lib.subscriptions, c)
+	last := c.subscriptions[len(c.subscriptions)-1]
+	c.subscriptions[sub.index], last.index = last, sub.index
+	c.subscriptions[len(c.subscriptions)-1] = nil
+	c.subscriptions = c.subscriptions[:len(c.subscriptions)-1]
+	c.idleSince = h.clock.uptime() // if this was the last one
+	h.subscriptions--
+	if len(lib.subscriptions) == 0 {
+		lib.subscriptions = nil
+		h.subscribed--
+	}
+	h.forgetUnused(lib)
+}
+
+// forgetUnused removes lib from the map when nothing needs it. mu must be held.
+func (h *hub) forgetUnused(lib *library) {
+	if len(lib.subscriptions) == 0 && lib.newest == nil && len(lib.waiting) == 0 {
+		delete(h.libraries, lib.id)
+	}
+}
+
+// publish queues ev for the subscribers that it is for, and returns how many these are. Events
+// of one library come into every outbox in the order in which they were published. If ev
+// waits for the members of a group, the caller must find them out and call resolve; all
+// subscribers of the library are counted then.
+func (h *hub) publish(ev *event) (subscribers int, waits bool) {
+	b := batch{log: h.log}
+	defer b.flush()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	ev.message.accepted = h.clock.uptime()
+	lib := h.libraries[ev.repoID]
+	switch {
+	case lib == nil || len(lib.subscriptions) == 0 && len(lib.waiting) == 0:
+		if ev.isUpdate() {
+			h.remember(h.library(ev.repoID), ev.message)
+		}
+		return 0, false
+	case ev.forGroup || len(lib.waiting) > 0:
+		return h.queueWaiting(&b, lib, ev)
+	}
+	return h.deliver(&b, lib, ev), false
+}
+
+// deliver queues ev for the subscriptions of lib that it is for, and returns how many
+// they are. mu must be held.
+func (h *hub) deliver(b *batch, lib *library, ev *event) (n int) {
+	now := unixSeconds(h.clock.wall())
+	for _, sub := range lib.subscriptions {
+		if ev.isFor(sub.user) && h.send(b, sub, ev.message, now) {
+			n++
+		}
+	}
+	if ev.isUpdate() {
+		h.remember(lib, ev.message)
 	}
 	return n
 }
 
-// queue sends m to c, and reports whether it was taken. mu must be held, and then ended by flush.
-func (s *server) queue(c *conn, m *message) bool {
-	taken, idle := c.send(m)
-	if idle {
-		s.batch = append(s.batch, c)
+// send queues m for one subscription, and reports whether the client will read it. now
+// is Unix time. mu must be held.
+func (h *hub) send(b *batch, sub *subscription, m *message, now float64) bool {
+	expired := sub.expires <= now
+	if expired && sub.renewal == nil {
+		sub.renewal = &renewal{} // the next sweep sends jwt-expired
 	}
-	if len(s.batch) == 256 { // is written while others are still queued: 15 % less time for 10,000
-		go writeAll(s.batch...)
-		s.batch = nil
+	if sub.renewal != nil {
+		h.keep(sub, m)
 	}
-	return taken
+	return !expired && b.queueFor(sub, m)
 }
 
-// flush ends mu, and has all written to whom something was queued.
-func (s *server) flush() {
-	go writeAll(s.batch...)
-	s.batch = nil
-	s.mu.Unlock()
+// keep keeps m until the subscription is renewed. A client's kept messages are bounded
+// like its outbox. Of updates only the newest matters. mu must be held.
+func (h *hub) keep(sub *subscription, m *message) {
+	r, c := sub.renewal, sub.client
+	if m.isUpdate {
+		r.kept = slices.DeleteFunc(r.kept, func(old *message) bool {
+			if old.isUpdate {
+				c.kept--
+				c.keptSize -= len(old.frame)
+			}
+			return old.isUpdate
+		})
+	}
+	if c.kept >= maxOutbox || c.keptSize+len(m.frame) > maxOutboxSize {
+		r.overflow = true
+	}
+	if r.overflow {
+		return
+	}
+	r.kept = append(r.kept, m)
+	c.kept++
+	c.keptSize += len(m.frame)
 }
 
-// sweep does each second what time brings about: it repeats updates, ends subscriptions, pings and closes.
-func (s *server) sweep() {
-	uptime, now := s.clock.uptime(), s.unixSeconds()
-	s.mu.Lock()
-	defer s.flush()
-	for _, lib := range s.libraries {
-		if lib.repeat != nil && uptime-lib.updated >= repeatDelay {
-			again := *lib.repeat
-			again.accepted = uptime
-			s.deliver(lib, &again, func(c *conn, _ string) bool { return c.desktop })
-			lib.repeat = nil
+// endRenewal forgets what was kept. mu must be held.
+func (h *hub) endRenewal(sub *subscription) {
+	if sub.renewal == nil {
+		return
+	}
+	for _, m := range sub.renewal.kept {
+		sub.client.kept--
+		sub.client.keptSize -= len(m.frame)
+	}
+	sub.renewal = nil
+}
+
+// remember remembers an update that is delivered now. The desktop client forgets one that
+// arrives 1.0 to 1.6 s after a download (measured), so tick sends it again after 2.5 s,
+// unless a newer one came. It is also for clients that subscribe later, see welcome. mu must
+// be held.
+func (h *hub) remember(lib *library, m *message) {
+	lib.newest = m
+	lib.updated = h.clock.uptime()
+	if lib.element == nil {
+		lib.element = h.updates.PushBack(lib)
+	} else {
+		if h.nextRepeat == lib.element {
+			h.nextRepeat = lib.element.Next()
+		}
+		h.updates.MoveToBack(lib.element)
+	}
+	if h.nextRepeat == nil {
+		h.nextRepeat = lib.element
+	}
+	if h.updates.Len() > maxRemembered {
+		h.forgetOldestUpdate()
+	}
+}
+
+// forgetOldestUpdate forgets the remembered update that is the oldest. mu must be held.
+func (h *hub) forgetOldestUpdate() {
+	oldest := h.updates.Front()
+	if h.nextRepeat == oldest {
+		h.nextRepeat = oldest.Next()
+	}
+	lib := h.updates.Remove(oldest).(*library)
+	lib.element = nil
+	lib.newest = nil
+	h.forgetUnused(lib)
+}
+
+// queueWaiting queues ev behind the events of its library that wait for group members, or as
+// the first of them. Beyond the bounds, all that wait are dropped and the library's clients
+// are closed. mu must be held.
+func (h *hub) queueWaiting(b *batch, lib *library, ev *event) (subscribers int, waits bool) {
+	size := len(ev.message.frame)
+	if len(lib.waiting) >= maxWaiting || h.waiting >= maxWaitingAll ||
+		h.waitingSize+size > maxWaitingSize {
+		for _, dropped := range append(lib.waiting, ev) {
+			if dropped.isUpdate() {
+				h.remember(lib, dropped.message)
+			}
+		}
+		for len(lib.waiting) > 0 {
+			h.takeWaiting(lib)
+		}
+		n := h.closeSubscribers(b, lib)
+		h.forgetUnused(lib)
+		b.warning = fmt.Sprintf("too many events wait for seaf-server to tell who is in a group: "+
+			"%d clients of library %q are closed so that they resync", n, lib.id)
+		return 0, false
+	}
+	lib.waiting = append(lib.waiting, ev)
+	h.waiting++
+	h.waitingSize += size
+	return len(lib.subscriptions), ev.forGroup
+}
+
+// takeWaiting takes the first of the waiting events of lib. mu must be held.
+func (h *hub) takeWaiting(lib *library) *event {
+	ev := lib.waiting[0]
+	lib.waiting[0] = nil
+	lib.waiting = lib.waiting[1:]
+	h.waiting--
+	h.waitingSize -= len(ev.message.frame)
+	return ev
+}
+
+// resolve says who the members of ev.group are, or that they are not known (nil). It
+// delivers ev, when it is its turn, and what waits behind it. If the members are not known,
+// nobody gets ev, and the library's clients are closed so that they resync. It returns how
+// many it closed.
+func (h *hub) resolve(ev *event, members map[string]bool) (closed int) {
+	h.mu.Lock()
+	ev.resolved = true
+	ev.members = members
+	h.mu.Unlock()
+	for {
+		n, more := h.deliverWaiting(ev.repoID)
+		closed += n
+		if !more {
+			return closed
 		}
 	}
-	for c := range s.conns {
-		heard, writing := time.Duration(c.heard.Load()), time.Duration(c.writing.Load())
-		switch {
-		case writing > 0 && uptime-writing >= writeWait:
-			c.abort("stalled")
-		case uptime-heard >= deadAfter:
-			s.queue(c, closing(statusPolicy, "silent", "no frame for 60 s"))
-		case len(c.libraries) == 0 && uptime-c.bare >= idleLimit:
-			s.queue(c, closing(statusPolicy, "idle", "no subscription for 2 minutes"))
-		case uptime-max(heard, c.pinged) >= pingAfter:
-			c.pinged = uptime
-			s.queue(c, ping)
+}
+
+// deliverWaiting delivers the first of a library's waiting events if its group is known. It
+// reports whether it did, and how many clients it closed since the members are not known.
+func (h *hub) deliverWaiting(repoID string) (closed int, delivered bool) {
+	b := batch{log: h.log}
+	defer b.flush()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	lib := h.libraries[repoID]
+	if lib == nil || len(lib.waiting) == 0 {
+		return 0, false
+	}
+	if first := lib.waiting[0]; first.forGroup && !first.resolved {
+		return 0, false
+	}
+	ev := h.takeWaiting(lib)
+	if ev.forGroup && ev.members == nil {
+		closed = h.closeSubscribers(&b, lib)
+	} else {
+		h.deliver(&b, lib, ev)
+	}
+	h.forgetUnused(lib)
+	return closed, true
+}
+
+// closeSubscribers closes all clients that have subscribed to lib. mu must be held.
+func (h *hub) closeSubscribers(b *batch, lib *library) int {
+	m := closeFrame(statusRestart, "resync", "group members are not known")
+	for c := range lib.subscriptions {
+		b.queue(c, m)
+	}
+	return len(lib.subscriptions)
+}
+
+// tick does what time brings about. It is called every 100 ms.
+func (h *hub) tick() {
+	defer recoverPanic(h.log, "the hub's tick")
+	for h.repeatSome() {
+	}
+	if h.clock.uptime()-h.swept >= sweepInterval {
+		h.sweep()
+	}
+}
+
+// repeatSome sends updates again that are due, to about sweepBatch subscriptions or those of
+// one library, and forgets old ones. It reports whether more are to be sent.
+func (h *hub) repeatSome() bool {
+	b := batch{log: h.log}
+	defer b.flush()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	uptime, now := h.clock.uptime(), unixSeconds(h.clock.wall())
+	for range sweepBatch {
+		if len(h.newcomers) == 0 || h.newcomers[0].repeatAt > uptime {
+			break
 		}
+		h.repeatToFirstNewcomer(&b)
+	}
+	for n := 0; n < sweepBatch; n++ {
+		if h.nextRepeat == nil {
+			break
+		}
+		lib := h.nextRepeat.Value.(*library)
+		if uptime-lib.updated < repeatAfter {
+			break
+		}
+		h.nextRepeat = h.nextRepeat.Next()
+		again := lib.newest.acceptedAt(uptime)
+		for c, sub := range lib.subscriptions {
+			if c.desktop {
+				h.send(&b, sub, again, now)
+				n++
+			}
+		}
+	}
+	for range sweepBatch {
+		oldest := h.updates.Front()
+		if oldest == nil || uptime-oldest.Value.(*library).updated < rememberFor {
+			break
+		}
+		h.forgetOldestUpdate()
+	}
+	return h.moreDue(uptime)
+}
+
+// moreDue reports whether an update is to be sent again at uptime. mu must be held.
+func (h *hub) moreDue(uptime time.Duration) bool {
+	if len(h.newcomers) > 0 && h.newcomers[0].repeatAt <= uptime {
+		return true
+	}
+	return h.nextRepeat != nil && uptime-h.nextRepeat.Value.(*library).updated >= repeatAfter
+}
+
+// repeatToFirstNewcomer sends the update again to the oldest newcomer, unless that is gone or
+// a newer update came. mu must be held.
+func (h *hub) repeatToFirstNewcomer(b *batch) {
+	first := h.newcomers[0]
+	h.newcomers[0] = newcomer{}
+	h.newcomers = h.newcomers[1:]
+	sub := first.subscription
+	lib := sub.library
+	newer := lib.newest != first.update && lib.newest != nil // nil: it was forgotten meanwhile
+	if lib.subscriptions[sub.client] == sub && !newer {
+		again := first.update.acceptedAt(h.clock.uptime())
+		h.send(b, sub, again, unixSeconds(h.clock.wall()))
+	}
+}
+
+// sweep looks at each client: it pings, closes, and sends jwt-expired. It looks at some at a
+// time, from the last to the first. So none is missed when meanwhile clients come at the
+// end, and when the last one takes the place of one that left.
+func (h *hub) sweep() {
+	uptime := h.clock.uptime()
+	if uptime-h.swept >= awayAfter {
+		h.resumed = uptime
+	}
+	h.swept = uptime
+	for next := math.MaxInt; next > 0; {
+		next = h.sweepSome(next)
+	}
+}
+
+// sweepSome looks at clients below index end, at most sweepBatch of them or of their
+// subscriptions, and returns the index below which it has not looked.
+func (h *hub) sweepSome(end int) int {
+	b := batch{log: h.log}
+	defer b.flush()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	uptime, now := h.clock.uptime(), unixSeconds(h.clock.wall())
+	end = min(end, len(h.clients))
+	for looked := 0; looked < sweepBatch && end > 0; looked++ {
+		end--
+		c := h.clients[end]
+		h.checkSilence(&b, c, uptime)
 		if c.due <= now {
-			told := 0
-			s.unsubscribe(c, func(lib *library) bool {
-				cl, m := lib.subs[c], expired(lib.id)
-				if cl.due > now || told == maxOutbox/2 { // all at once could fill the outbox
-					return false
-				}
-				told++
-				cl.due = *cl.Expires
-				s.log.debugf("to %s, user %q: %q", c.name, cl.Username, m.text)
-				s.queue(c, m)
-				return *cl.Expires <= now
-			})
+			looked += len(c.subscriptions)
+			h.checkTokens(&b, c, uptime, now)
 		}
+	}
+	return end
+}
+
+// checkSilence pings c or closes it. All is counted from when the process last resumed,
+// since what a client sent while it was stopped was not read yet. mu must be held.
+func (h *hub) checkSilence(b *batch, c *client, uptime time.Duration) {
+	heard := time.Duration(c.heard.Load())
+	if heard >= c.pinged || c.pinged < h.resumed {
+		c.unanswered = 0
+	}
+	idle := idleLimit
+	if len(h.clients) > h.places/2 && c.isStranger() {
+		idle = idleLimitFull
+	}
+	switch {
+	case c.stalledSince(h.resumed, uptime, stalledAfter):
+		b.stalled = append(b.stalled, c)
+	case len(c.subscriptions) == 0 && uptime-max(c.idleSince, h.resumed) >= idle:
+		b.queue(c, closeFrame(statusPolicy, "idle", fmt.Sprintf("no subscription for %v", idle)))
+	case uptime-max(heard, c.pinged) < pingAfter:
+	case c.unanswered >= unansweredMax:
+		b.queue(c, closeFrame(statusPolicy, "silent", "no frame for 60 s"))
+	default:
+		c.pinged = uptime
+		c.unanswered++
+		b.queue(c, pingFrame)
 	}
 }
 
-// shutdown frees the port, then closes the clients, spread over drainTime, and waits for them: for 5 s in all.
-func (s *server) shutdown() {
-	ctx, cancel := context.WithTimeout(context.Background(), rpcWait+50*time.Millisecond)
-	s.http.Shutdown(ctx) // waits for requests
-	cancel()
-	s.mu.Lock()
-	conns := slices.Collect(maps.Keys(s.conns))
-	s.mu.Unlock()
-	start, gap := time.Now(), min(time.Millisecond, drainTime/time.Duration(len(conns)+1))
-	for i, c := range conns {
-		time.Sleep(time.Until(start.Add(time.Duration(i) * gap)))
-		c.tell(closing(statusGoingAway, "shutdown", "the server is restarted"))
+// checkTokens looks at the subscriptions of c that are due at now, in Unix seconds. It sends
+// jwt-expired before the end of a token, and once more if it was not renewed, and forgets the
+// subscription a minute after the end. It sends at most half an outbox of messages, since all of
+// thousands would fill it; the others follow with the next sweep. mu must be held.
+func (h *hub) checkTokens(b *batch, c *client, uptime time.Duration, now float64) {
+	sent := 0
+	c.due = math.Inf(1)
+	for i := len(c.subscriptions) - 1; i >= 0; i-- {
+		sub := c.subscriptions[i]
+		if sub.due <= now && sent < maxOutbox/2 {
+			if h.checkToken(b, sub, uptime, now) {
+				sent++
+			}
+			if r := sub.renewal; r.ended && uptime-r.endedAt >= keepFor {
+				h.drop(sub)
+				continue
+			}
+		}
+		c.due = min(c.due, sub.due)
 	}
-	for end := time.Now().Add(closeWait); s.clients.Load() > 0 && time.Now().Before(end); {
+}
+
+// checkToken sends jwt-expired if it is to be sent, and reports whether it did. The
+// subscription is due; afterwards its renewal has begun. mu must be held.
+func (h *hub) checkToken(b *batch, sub *subscription, uptime time.Duration, now float64) bool {
+	if sub.renewal == nil {
+		sub.renewal = &renewal{}
+	}
+	r := sub.renewal
+	switch {
+	case r.ended:
+	case sub.expires <= now:
+		r.ended = true
+		r.endedAt = uptime
+	default:
+		sub.due = sub.expires
+	}
+	switch {
+	case !r.sent:
+		r.sent = true
+		r.sentAt = uptime
+	case !r.reminded && uptime-r.sentAt >= remindAfter:
+		r.reminded = true
+	default:
+		return false
+	}
+	b.queueFor(sub, expiredFrame(sub.library.id))
+	return true
+}
+
+// closeAll closes all clients, spread over drainTime since all of them come back
+// together, and waits for the closing handshakes.
+func (h *hub) closeAll() {
+	h.mu.Lock()
+	clients := slices.Clone(h.clients)
+	h.mu.Unlock()
+	start := time.Now()
+	gap := min(time.Millisecond, drainTime/time.Duration(len(clients)+1))
+	for i, c := range clients {
+		time.Sleep(time.Until(start.Add(time.Duration(i) * gap)))
+		c.send(closeFrame(statusGoingAway, "shutdown", "the server is restarted"))
+	}
+	end := time.Now().Add(closeWait)
+	for h.gauges().connections > 0 && time.Now().Before(end) {
 		time.Sleep(2 * time.Millisecond)
 	}
 }
 
-// ---- A client's connection ----
-
-const (
-	subprotocol     = "notification.seafile.com" // offered by the desktop client, which fails on any other
-	desktopBytes    = 4096                       // of a message, at most, are parsed by the desktop client
-	maxMessageBytes = 1 << 20                    // of a client's message and of an event
-	maxOutboxBytes  = maxMessageBytes + 10       // the largest event with its frame header always fits
-	maxOutbox       = 1024                       // messages
-	maxRefused      = 1000                       // subscriptions in a row, until the client is closed
-	readBufferBytes = 512                        // per connection; a desktop client's subscribe takes 323 bytes
-	writeWait       = 20 * time.Second           // without 16 KiB written, until a slow client is closed
-	closeWait       = time.Second                // for the client's half of the closing handshake
-	// Opcodes and close statuses of RFC 6455, sections 5.2 and 7.4.1, and of the IANA registry.
-	opContinuation, opText, opBinary, opClose, opPing, opPong              = 0, 1, 2, 8, 9, 10
-	statusNo, statusGoingAway, statusProtocol, statusInvalid, statusPolicy = 0, 1001, 1002, 1007, 1008
-	statusTooBig, statusInternal, statusRestart, statusTryLater            = 1009, 1011, 1012, 1013
-)
-
-// A message is a frame on its way to one or many clients. Once queued it is not changed.
-type message struct {
-	frame    []byte
-	text     []byte        // its payload, which is a part of it, for the log
-	replaces string        // older messages with the same, still waiting in an outbox, are dropped for this one; "" none
-	closes   string        // of a close frame: why, for the metrics
-	accepted time.Duration // of an event: uptime, never 0
+// gauges returns the figures of this moment.
+func (h *hub) gauges() gauges {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return gauges{
+		connections:   len(h.clients),
+		subscriptions: h.subscriptions,
+		libraries:     h.subscribed,
+		waiting:       h.waiting,
+		remembered:    h.updates.Len(),
+	}
 }
 
-// newMessage makes one whole unmasked frame (RFC 6455, section 5.2).
+// A batch is what is left to do when the hub is unlocked. Its flush is deferred before the
+// lock is taken, and so runs after the lock is released.
+type batch struct {
+	log     *logger
+	clients []*client  // whose outboxes were filled, and that nobody writes to yet
+	stalled []*client  // to be closed at once
+	sent    []delivery // for the log, at level debug
+	warning string     // for the log, "" for none
+}
+
+// A delivery is a message to a subscription of a user.
+type delivery struct {
+	client  *client
+	user    string
+	message *message
+}
+
+const (
+	// Writing to the first clients while others are still queued serves the last of 10,000
+	// in half the time.
+	batchSize = 256
+	// Up to so many clients are written to by who flushes, since the writes do not wait:
+	// a goroutine would cost more.
+	smallBatch = 16
+)
+
+// queue puts m into the outbox of c, and reports whether it was taken.
+func (b *batch) queue(c *client, m *message) bool {
+	taken, mustWrite := c.enqueue(m)
+	if mustWrite {
+		b.clients = append(b.clients, c)
+	}
+	if len(b.clients) == batchSize {
+		go writeAll(b.clients)
+		b.clients = nil
+	}
+	return taken
+}
+
+// queueFor is queue with a line for the debug log.
+func (b *batch) queueFor(sub *subscription, m *message) bool {
+	taken := b.queue(sub.client, m)
+	if taken && b.log.debugEnabled() {
+		b.sent = append(b.sent, delivery{sub.client, sub.user, m})
+	}
+	return taken
+}
+
+// flush writes what was queued, or starts a goroutine that does. It waits for no client.
+func (b *batch) flush() {
+	for _, d := range b.sent {
+		b.log.debugf("to %s, user %q: %s", d.client.name, d.user, d.message.payload())
+	}
+	for _, c := range b.stalled {
+		c.abort("stalled")
+	}
+	if b.warning != "" {
+		b.log.warnOnce("waiting", "%s", b.warning)
+	}
+	if len(b.clients) <= smallBatch {
+		writeAll(b.clients)
+		return
+	}
+	go writeAll(b.clients)
+}
+
+// ---- Client ----
+//
+// One WebSocket connection: the outbox of what waits to be written, the reading of
+// frames, the closing handshake (RFC 6455). It does not know the map: it calls
+// hub.subscribe, unsubscribe and remove, and asks its handler to check a token. client.mu
+// guards the outbox; nobody holds it while writing. client.serve and the goroutine that it
+// starts for a frame read. Whoever puts a message into an empty outbox writes, until the
+// outbox is empty again: there is one writer at a time.
+
+const (
+	subprotocol   = "notification.seafile.com" // the desktop client fails on any other
+	desktopSize   = 4096                       // bytes of a message that the desktop client parses
+	maxMessage    = 1 << 20                    // bytes of a client's message, and of an event
+	maxFirst      = 64 << 10                   // bytes of a message, and of the outbox, of a stranger
+	longFirst     = 4 << 10                    // bytes beyond which such a message needs a slot
+	maxSlots      = 64                         // strangers that send a long message at a time
+	maxRepoID     = 256                        // bytes; Seafile's have 36
+	maxOutbox     = 1024                       // messages
+	maxOutboxSize = maxMessage + 64<<10        // bytes: a largest event behind some small messages
+	maxRefused    = 1000                       // subscriptions in a row, until the client is closed
+	readBuffer    = 512                        // bytes; a desktop client's subscribe has 323
+	writeChunk    = 16 << 10                   // bytes of one write to a slow client
+	sendBuffer    = 64 << 10                   // bytes in the kernel; see newClient
+	closeWait     = time.Second                // for the client's half of the closing handshake
+	slotWait      = 10 * time.Second           // for a slot
+	slotTime      = 10 * time.Second           // for a long message to come whole
+)
+
+// Opcodes of RFC 6455, section 5.2.
+const (
+	opContinuation = 0
+	opText         = 1
+	opBinary       = 2
+	opClose        = 8
+	opPing         = 9
+	opPong         = 10
+)
+
+// Close statuses of RFC 6455, section 7.4.1, and of the IANA registry.
+const (
+	statusNone      = 0 // a close frame without a status
+	statusGoingAway = 1001
+	statusProtocol  = 1002
+	statusInvalid   = 1007
+	statusPolicy    = 1008
+	statusTooBig    = 1009
+	statusInternal  = 1011
+	statusRestart   = 1012 // Service Restart: come back and resync
+	statusTryLater  = 1013
+)
+
+// A message is a frame on its way to one client or many. Once queued it is not changed.
+type message struct {
+	frame       []byte // header and payload
+	header      int    // bytes of the header
+	isUpdate    bool
+	repoID      string        // of an event
+	closeReason string        // of a close frame: for the metrics
+	accepted    time.Duration // of an event: uptime, 0 for what is no event
+}
+
+func (m *message) payload() []byte { return m.frame[m.header:] }
+
+// acceptedAt returns a copy of an event that is told again at the given uptime.
+func (m *message) acceptedAt(uptime time.Duration) *message {
+	again := *m
+	again.accepted = uptime
+	return &again
+}
+
+// newMessage makes one whole, unmasked frame (RFC 6455, section 5.2).
 func newMessage(opcode byte, payload []byte) *message {
 	f := append(make([]byte, 0, len(payload)+10), 0x80|opcode)
 	switch n := len(payload); {
@@ -633,545 +2576,1538 @@ func newMessage(opcode byte, payload []byte) *message {
 	default:
 		f = binary.BigEndian.AppendUint64(append(f, 127), uint64(n))
 	}
-	f = append(f, payload...)
-	return &message{frame: f, text: f[len(f)-len(payload):]}
+	return &message{frame: append(f, payload...), header: len(f)}
 }
 
-var ping, pong = newMessage(opPing, nil), newMessage(opPong, nil)
+var (
+	pingFrame = newMessage(opPing, nil)
+	pongFrame = newMessage(opPong, nil)
+)
 
-func expired(repoID string) *message { // tells that the token for a library does not hold (any more)
+// expiredFrame tells that the token for a library does not hold, or not any more.
+func expiredFrame(repoID string) *message {
 	id, _ := json.Marshal(repoID)
 	return newMessage(opText, fmt.Appendf(nil, `{"type":"jwt-expired","content":{"repo_id":%s}}`, id))
 }
 
-// closing ends a connection: why is for the metrics, text for the client. A control frame holds 125 bytes.
-func closing(status int, why, text string) *message {
+// closeFrame ends a connection. The reason is for the metrics, the text for the client: a
+// control frame has room for 123 bytes of it.
+func closeFrame(status int, reason, text string) *message {
 	var payload []byte
-	if status != statusNo {
-		payload = append(binary.BigEndian.AppendUint16(nil, uint16(status)), text[:min(len(text), 123)]...)
+	if status != statusNone {
+		payload = binary.BigEndian.AppendUint16(payload, uint16(status))
+		payload = append(payload, strings.ToValidUTF8(text[:min(len(text), 123)], "")...)
 	}
-	return &message{frame: newMessage(opClose, payload).frame, closes: why}
+	m := newMessage(opClose, payload)
+	m.closeReason = reason
+	return m
 }
 
-type incoming interface { // a frame, as x/net/websocket reads it
-	io.Reader // of the payload, unmasked
+// A client is one WebSocket connection.
+type client struct {
+	hub     *hub
+	handler *handler
+	conn    net.Conn
+	raw     syscall.RawConn // of conn
+	name    string          // for the log: its address and what it says of itself
+	desktop bool            // it speaks the subprotocol
+	isCheck bool            // it is a self-check's
+
+	heard atomic.Int64 // uptime of the last frame
+
+	mu           sync.Mutex    // guards down to drained
+	outbox       []*message    // the first is being written
+	outboxSize   int           // bytes in it
+	written      int           // bytes of the first
+	writingSince time.Duration // uptime of the last progress, 0 if the outbox is empty
+	closing      string        // why it is being closed; no message follows a close frame
+	drained      chan struct{} // made with the close frame, closed when the outbox is empty
+	trusted      bool          // it had a good subscription; until then it is a stranger
+
+	// For serve and readFrame, of which one runs at a time:
+	reader    *bufio.Reader
+	nextFrame func() (frameReader, error)
+	message   bytes.Buffer // the fragments so far
+	opcode    byte         // of the message of which they are, 0 between messages
+	refused   int          // subscriptions in a row
+	hasSlot   bool         // of handler.slots
+
+	// Guarded by hub.mu:
+	index         int // in hub.clients
+	subscriptions []*subscription
+	due           float64       // Unix time, the first of its subscriptions
+	idleSince     time.Duration // uptime at which it had no subscription any more
+	pinged        time.Duration // uptime of our last ping
+	unanswered    int           // pings
+	kept          int           // messages kept for renewals
+	keptSize      int           // bytes of them
+}
+
+// A frameReader is a frame as x/net/websocket reads it: the payload, unmasked.
+type frameReader interface {
+	io.Reader
 	HeaderReader() io.Reader
-	Len() int
 }
 
-type conn struct { // a client's WebSocket connection; what an event needs is together at its begin: 3 % less time for 10,000
-	server         *server
-	raw            syscall.RawConn
-	desktop        bool          // speaks the subprotocol
-	writing        atomic.Int64  // uptime since which a write waits, 0 if none does
-	mu             sync.Mutex    // guards all down to closed; not held while writing
-	outbox         []*message    // the first is being written
-	one            [1]*message   // the outbox of one message, the common case
-	bytes, written int           // in outbox; of its first
-	closed         string        // why it is being closed
-	nc             net.Conn      // of raw
-	name           string        // its address, for the log
-	heard          atomic.Int64  // uptime at the last frame
-	br             *bufio.Reader // this and the next four are the goroutine's that reads
-	next           func() (incoming, error)
-	kind           byte          // the opcode of the message of which data is a part, or 0 between messages
-	data           bytes.Buffer  // of its fragments so far
-	refused        int           // subscriptions in a row
-	libraries      []*library    // subscribed to; this and the next two are guarded by server.mu
-	due            float64       // Unix time, the first of its subscriptions
-	bare, pinged   time.Duration // uptime since which there is no subscription, and of our last ping
-}
-
-// send puts m into the outbox and reports whether it was taken, and whether c is idle: the caller must then see to
-// its being written. A client that is too slow, or that cannot take m, is closed: it must not miss m unknowingly.
-// Behind a close frame comes nothing.
-func (c *conn) send(m *message) (taken, idle bool) {
+// enqueue puts m into the outbox. It reports whether m was taken, and whether the caller
+// must write. A client that is too slow for m, or that cannot take it, is closed instead:
+// it must not miss m without knowing.
+func (c *client) enqueue(m *message) (taken, mustWrite bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed != "" {
+	if c.closing != "" {
 		return false, false
 	}
-	for i := len(c.outbox) - 1; i > 0 && m.replaces != ""; i-- { // the first is on its way
-		if c.outbox[i].replaces == m.replaces {
-			c.bytes -= len(c.outbox[i].frame)
+	taken = true
+	if m.isUpdate {
+		c.dropOlderUpdates(m.repoID)
+	}
+	switch {
+	case c.desktop && len(m.frame)-m.header > desktopSize:
+		m = closeFrame(statusRestart, "too-long", "an event is too long for this client")
+		taken = false
+	case m.closeReason == "" && c.isFull(len(m.frame)):
+		c.outbox = c.outbox[:min(1, len(c.outbox))] // the first may be halfway out
+		m = closeFrame(statusTryLater, outboxFull, "too slow")
+		taken = false
+	}
+	if m.closeReason != "" {
+		c.closing = m.closeReason
+		c.drained = make(chan struct{})
+		c.conn.SetReadDeadline(time.Now().Add(closeWait))
+	}
+	mustWrite = len(c.outbox) == 0
+	if mustWrite {
+		c.writingSince = c.hub.clock.uptime()
+	}
+	c.outbox = append(c.outbox, m)
+	c.outboxSize += len(m.frame)
+	return taken, mustWrite
+}
+
+// isFull reports whether the outbox has no room for a frame of so many bytes. mu must be
+// held.
+func (c *client) isFull(size int) bool {
+	limit := maxOutboxSize
+	if !c.trusted {
+		limit = maxFirst
+	}
+	return len(c.outbox) >= maxOutbox || c.outboxSize+size > limit
+}
+
+// dropOlderUpdates drops the update of a library that still waits: only the newest
+// matters. The first message of the outbox is on its way already. mu must be held.
+func (c *client) dropOlderUpdates(repoID string) {
+	for i := len(c.outbox) - 1; i > 0; i-- {
+		if old := c.outbox[i]; old.isUpdate && old.repoID == repoID {
+			c.outboxSize -= len(old.frame)
 			c.outbox = slices.Delete(c.outbox, i, i+1)
 		}
 	}
-	taken = true
-	if c.desktop && len(m.frame) > desktopBytes+4 { // with its header
-		m, taken = closing(statusRestart, "too-long", "an event is too long for this client"), false
-	} else if m.closes == "" && (len(c.outbox) >= maxOutbox || c.bytes+len(m.frame) > maxOutboxBytes) {
-		c.outbox = c.outbox[:min(1, len(c.outbox))] // the first may be halfway out
-		m, taken = closing(statusTryLater, "outbox-full", "too slow"), false
-	}
-	if m.closes != "" {
-		c.closed = m.closes
-		c.nc.SetReadDeadline(time.Now().Add(closeWait))
-	}
-	if idle = len(c.outbox) == 0; idle {
-		c.outbox = c.one[:0]
-		c.writing.Store(int64(c.server.clock.uptime()))
-	}
-	c.outbox = append(c.outbox, m)
-	c.bytes += len(m.frame)
-	return taken, idle
 }
 
-func (c *conn) tell(m *message) {
-	if _, idle := c.send(m); idle {
-		writeAll(c)
+// send puts m into the outbox, and writes. It does not wait.
+func (c *client) send(m *message) {
+	if _, mustWrite := c.enqueue(m); mustWrite {
+		c.writeOutbox()
 	}
 }
 
-// writeAll writes what the kernel has room for of the first message of connections that were idle. For the rest waits
-// a goroutine of each, though not for ever (see sweep): no connection waits for another.
-func writeAll(conns ...*conn) {
-	var data []byte
-	var n int
-	try := func(fd uintptr) bool { n, _ = syscall.Write(int(fd), data); return true }
-	for _, c := range conns {
-		n, data = 0, c.one[0].frame
-		c.raw.Write(try) // an error will show again
-		if c.take(max(n, 0)) != nil {
-			go c.drain()
+// writeAll writes to each of the clients what its socket takes at once. The caller is
+// their writer (see enqueue). It waits for nobody.
+func writeAll(clients []*client) {
+	for _, c := range clients {
+		c.writeOutbox()
+	}
+}
+
+// writeOutbox writes what the socket takes at once. If that is not all, a goroutine
+// writes the rest.
+func (c *client) writeOutbox() {
+	defer c.recoverPanic()
+	for data := c.advance(0); data != nil; {
+		n := 0
+		c.raw.Write(func(fd uintptr) bool {
+			n, _ = syscall.Write(int(fd), data) // writeRest will meet the error again
+			return true                         // do not wait
+		})
+		rest := c.advance(max(n, 0))
+		if rest != nil && n < len(data) {
+			go c.writeRest()
+			return
 		}
+		data = rest
 	}
 }
 
-func (c *conn) drain() {
-	for data := c.take(0); data != nil; {
-		n, err := c.nc.Write(data[:min(len(data), 16<<10)])
+// writeRest writes the outbox and waits for the client as long as it must. hub.sweep ends
+// it when nothing was written for too long.
+func (c *client) writeRest() {
+	defer c.recoverPanic()
+	for data := c.advance(0); data != nil; {
+		n, err := c.conn.Write(data[:min(len(data), writeChunk)])
 		if err != nil {
 			c.abort("gone")
+			return
 		}
-		data = c.take(n)
+		data = c.advance(n)
 	}
 }
 
-// take counts n more bytes of the outbox as written and returns what comes next, or nil.
-func (c *conn) take(n int) []byte {
+// advance counts n more bytes as written, and returns what is to be written next, nil if
+// the outbox is empty.
+func (c *client) advance(n int) []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	uptime := c.server.clock.uptime()
-	if c.written += n; len(c.outbox) > 0 && c.written == len(c.outbox[0].frame) {
-		m := c.outbox[0]
-		c.outbox, c.bytes, c.written = slices.Delete(c.outbox, 0, 1), c.bytes-len(m.frame), 0
-		if m.accepted > 0 && m.closes == "" {
-			c.server.delivered(uptime - m.accepted)
-		}
-		if half, ok := c.nc.(interface{ CloseWrite() error }); ok && m.closes != "" {
-			half.CloseWrite() // the client sees the end; closing both ways, while it still sends, would reset and lose the frame
-		}
-	}
 	if len(c.outbox) == 0 {
-		c.outbox, c.one[0] = nil, nil
-		c.writing.Store(0)
 		return nil
 	}
-	c.writing.Store(int64(uptime))
+	if n > 0 {
+		c.countWritten(n)
+	}
+	if len(c.outbox) == 0 {
+		c.outboxEmpty()
+		return nil
+	}
 	return c.outbox[0].frame[c.written:]
 }
 
-func (c *conn) abort(why string) string {
+// countWritten counts n more bytes of the first message as written. mu must be held.
+func (c *client) countWritten(n int) {
+	uptime := c.hub.clock.uptime()
+	c.writingSince = uptime
+	c.written += n
+	first := c.outbox[0]
+	if c.written < len(first.frame) {
+		return
+	}
+	c.outbox = slices.Delete(c.outbox, 0, 1)
+	c.outboxSize -= len(first.frame)
+	c.written = 0
+	if first.accepted > 0 {
+		c.hub.metrics.delivered(uptime - first.accepted)
+	}
+}
+
+// outboxEmpty ends the writing. A small array is kept for the next message. mu must be
+// held.
+func (c *client) outboxEmpty() {
+	c.writingSince = 0
+	if cap(c.outbox) > 4 {
+		c.outbox = nil
+	}
+	if c.drained != nil {
+		close(c.drained)
+		c.drained = nil
+	}
+}
+
+// stalledSince reports whether a write has waited for limit at uptime, not counting the
+// time before resumed.
+func (c *client) stalledSince(resumed, uptime, limit time.Duration) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.nc.Close()
-	c.outbox, c.closed = nil, cmp.Or(c.closed, why)
-	return c.closed
+	return c.writingSince > 0 && uptime-max(c.writingSince, resumed) >= limit
 }
 
-// serve is the goroutine of c. It waits for frames, and answers the empty pings that a desktop client sends each
-// second. All else is done by a goroutine that ends, since a grown stack shrinks late: so this one keeps 2 KiB, not 8.
-func (c *conn) serve() {
-	s, done := c.server, make(chan *message)
+// abort closes the socket at once, and returns why the connection ends: the first cause
+// counts. The goroutine that reads notices it and ends.
+func (c *client) abort(reason string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closing == "" {
+		c.closing = reason
+	}
+	c.conn.Close()
+	c.outbox = nil
+	c.outboxEmpty()
+	return c.closing
+}
+
+// isClosing reports whether a close frame was sent, or waits to be.
+func (c *client) isClosing() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closing != ""
+}
+
+// waitDrained waits until the close frame is written, for closeWait.
+func (c *client) waitDrained() {
+	c.mu.Lock()
+	drained := c.drained
+	c.mu.Unlock()
+	if drained == nil {
+		return
+	}
+	select {
+	case <-drained:
+	case <-time.After(closeWait):
+	}
+}
+
+// serve reads frames until the connection ends. The empty ping that a desktop client sends
+// each second is answered here. All else is done in a goroutine that ends before the next
+// frame is read: a stack that has grown shrinks late, and so this one stays at 2 KiB instead
+// of 8, which is a quarter of the memory of an idle client.
+func (c *client) serve() {
+	defer c.recoverPanic()
+	defer c.end()
+	done := make(chan error)
 	for {
-		head, err := c.br.Peek(2)
+		head, err := c.reader.Peek(2)
 		if err != nil {
-			break
+			return
 		}
 		if head[0] == 0x80|opPing && head[1] == 0x80 {
-			c.br.Discard(6) // an error shows in the next Peek
-			c.heard.Store(int64(s.clock.uptime()))
-			c.tell(pong)
+			c.reader.Discard(6) // with the mask; an error shows in the next Peek
+			c.heard.Store(int64(c.hub.clock.uptime()))
+			c.send(pongFrame)
 			continue
 		}
-		go func() { done <- c.guard(c.readFrame) }()
-		if m := <-done; m != nil {
-			c.tell(m)
-			io.Copy(io.Discard, c.nc)                          // until the client ends it, or closeWait
-			for i := 0; c.writing.Load() > 0 && i < 500; i++ { // it has ended its half before the frame was written
-				time.Sleep(time.Millisecond)
-			}
-			break
+		go func() { done <- c.readFrame() }()
+		if err := <-done; err != nil {
+			c.waitDrained()
+			return
 		}
 	}
-	c.end(c.abort("gone"))
 }
 
-// end forgets c. Here no lock is held, should the log be stuck.
-func (c *conn) end(why string) {
-	s := c.server
-	s.mu.Lock()
-	s.unsubscribe(c, func(*library) bool { return true })
-	delete(s.conns, c)
-	s.mu.Unlock()
-	s.clients.Add(-1)
-	s.count("closed_total", why)
-	if slow := map[string]string{"outbox-full": "its outbox is full", "stalled": "nothing could be written for 20s"}[why]; slow != "" {
-		s.log.warnf("%s: closed, since %s: the client, or the network to it, is too slow", c.name, slow)
+// end forgets the client.
+func (c *client) end() {
+	reason := c.abort("gone")
+	c.releaseSlot()
+	c.hub.remove(c)
+	c.handler.clients.Add(-1)
+	c.hub.metrics.closed.add(reason)
+	lg := c.hub.log
+	switch reason {
+	case outboxFull:
+		lg.warnOnce(reason, "%s: closed, since its outbox is full: "+
+			"the client, or the network to it, is too slow", c.name)
+	case "stalled":
+		lg.warnOnce(reason, "%s: closed, since nothing could be written for %v: "+
+			"the client, or the network to it, is too slow", c.name, stalledAfter)
 	}
-	s.log.debugf("%s: disconnected: %s", c.name, why)
+	lg.debugf("%s: disconnected: %s", c.name, reason)
 }
 
-// guard returns what c is to be closed with, if f refuses what came from it. A panic in f ends c alone.
-func (c *conn) guard(f func()) (m *message) {
+// recoverPanic, deferred, ends this connection alone when there is a bug.
+func (c *client) recoverPanic() {
+	if p := recover(); p != nil {
+		logPanic(c.hub.log, c.name, p)
+		c.abort("panic")
+	}
+}
+
+// errEnd ends the reading: the client is gone, or both close frames were sent.
+var errEnd = errors.New("the connection ends")
+
+// readFrame reads a frame and does what it says. After a close frame of ours it reads on
+// until the client's close frame: proxies and browsers take an earlier end for a failure.
+// An error ends the connection.
+func (c *client) readFrame() (err error) {
 	defer func() {
-		switch p := recover().(type) {
-		case nil:
-		case *problem:
-			c.server.log.debugf("%s: closed with %d %q", c.name, p.status, p.text)
-			m = closing(p.status, p.reason, p.text)
-		default:
-			c.server.log.errorf("%s: closed, since its handler panicked: %q; please report this: %q", c.name, fmt.Sprint(p), debug.Stack())
-			m = closing(statusInternal, "panic", "internal error")
+		if p := recover(); p != nil {
+			logPanic(c.hub.log, c.name, p)
+			c.send(closeFrame(statusInternal, "panic", "internal error"))
+			err = errEnd
 		}
 	}()
-	f()
+	h, payload, err := c.readHeader()
+	if err != nil {
+		return errEnd
+	}
+	if !c.isClosing() {
+		err = c.handleFrame(h, payload)
+		var r *refusal
+		if !errors.As(err, &r) {
+			return err
+		}
+		c.hub.log.debugf("%s: closed with %d: %s", c.name, r.status, r.text)
+		c.send(closeFrame(r.status, r.reason, r.text))
+	}
+	if h.endless {
+		payload = c.conn // nobody knows where the next frame begins
+	}
+	if _, err := io.Copy(io.Discard, payload); err != nil || h.endless || h.opcode == opClose {
+		return errEnd
+	}
 	return nil
 }
 
-// readFrame handles a frame. x/net/websocket parses and unmasks it, but checks nothing of RFC 6455, section 5: this does.
-func (c *conn) readFrame() {
-	endless := false // of the 64 bits of a length x/net/websocket drops the first, and half of them on a 32-bit machine
-	if head, _ := c.br.Peek(2); len(head) == 2 && head[1]&0x7f == 127 {
-		head, _ = c.br.Peek(10)
-		endless = len(head) == 10 && binary.BigEndian.Uint64(head[2:]) > maxMessageBytes
+// A frameHeader is what stands before a payload (RFC 6455, section 5.2).
+type frameHeader struct {
+	opcode   byte
+	final    bool
+	reserved bool // a reserved bit is set
+	masked   bool
+	shortest bool  // the length is in its shortest form
+	endless  bool  // the first bit of the length is set, which must not be
+	size     int64 // of the payload, in bytes
+}
+
+func (h *frameHeader) control() bool { return h.opcode >= opClose }
+
+// readHeader reads the header of a frame, and returns it with the reader of the payload.
+// x/net/websocket reads and unmasks, but checks nothing, and drops the first bit of a
+// length of 64 bits.
+func (c *client) readHeader() (frameHeader, io.Reader, error) {
+	endless := false
+	if head, err := c.reader.Peek(2); err == nil && head[1]&0x7f == 127 {
+		head, err = c.reader.Peek(3)
+		endless = err == nil && head[2]&0x80 != 0
 	}
-	f, err := c.next()
-	refuseIf(err != nil, statusNo, "gone", "the client is gone")
-	h, _ := io.ReadAll(f.HeaderReader())
-	size := f.Len() - len(h)
-	fin, opcode := h[0]&0x80 != 0, h[0]&0x0f
-	payload, control := &c.data, opcode >= opClose
-	if control {
-		payload = &bytes.Buffer{}
+	frame, err := c.nextFrame()
+	if err != nil {
+		return frameHeader{}, nil, err
 	}
-	refuseIf(h[0]&0x70 != 0, statusProtocol, "protocol", "reserved bits are set, but no extension was agreed on")
-	refuseIf(opcode > opBinary && !control || opcode > opPong, statusProtocol, "protocol", "unknown opcode")
-	refuseIf(h[1]&0x80 == 0, statusProtocol, "protocol", "a client must mask its frames")
-	refuseIf(control && (!fin || size > 125 || endless), statusProtocol, "protocol", "a control frame is fragmented or longer than 125 bytes")
-	refuseIf(!control && (opcode == opContinuation) != (c.kind != 0), statusProtocol, "protocol", "a fragment is out of place")
-	refuseIf(endless || size > maxMessageBytes-payload.Len(), statusTooBig, "too-big", "a message is longer than 1 MiB")
-	for n := size; n > 0 && err == nil; n -= 64 << 10 { // takes memory as the bytes come, not as the header promises
-		if payload.Len() > maxMessageBytes/8 { // doubled, it could become 2 MiB
-			payload.Grow(maxMessageBytes + bytes.MinRead - payload.Len())
+	var raw [14]byte
+	if _, err := frame.HeaderReader().Read(raw[:]); err != nil {
+		return frameHeader{}, nil, err
+	}
+	h := frameHeader{
+		opcode:   raw[0] & 0x0f,
+		final:    raw[0]&0x80 != 0,
+		reserved: raw[0]&0x70 != 0,
+		masked:   raw[1]&0x80 != 0,
+		endless:  endless,
+		shortest: true,
+		size:     int64(raw[1] & 0x7f),
+	}
+	switch h.size {
+	case 126:
+		h.size = int64(binary.BigEndian.Uint16(raw[2:]))
+		h.shortest = h.size > 125
+	case 127:
+		h.size = int64(binary.BigEndian.Uint64(raw[2:]))
+		h.shortest = h.size > 1<<16-1
+	}
+	return h, frame, nil
+}
+
+// check returns what RFC 6455, section 5, forbids about a frame. Fragments of a message
+// are expected to follow if opcode is not 0.
+func (h *frameHeader) check(opcode byte) error {
+	switch {
+	case h.reserved:
+		return refuse(statusProtocol, "protocol", "reserved bits are set, but no extension was agreed on")
+	case h.opcode > opBinary && !h.control() || h.opcode > opPong:
+		return refuse(statusProtocol, "protocol", "unknown opcode")
+	case !h.masked:
+		return refuse(statusProtocol, "protocol", "a client must mask its frames")
+	case h.endless:
+		return refuse(statusProtocol, "protocol", "a length with its first bit set")
+	case !h.shortest:
+		return refuse(statusProtocol, "protocol", "a length that is not in its shortest form")
+	case h.control() && (!h.final || h.size > 125):
+		return refuse(statusProtocol, "protocol",
+			"a control frame is fragmented or longer than 125 bytes")
+	case !h.control() && (h.opcode == opContinuation) != (opcode != 0):
+		return refuse(statusProtocol, "protocol", "a fragment is out of place")
+	}
+	return nil
+}
+
+// handleFrame does what a frame says. An error is a *refusal with a close status, or
+// errEnd.
+func (c *client) handleFrame(h frameHeader, payload io.Reader) error {
+	if err := h.check(c.opcode); err != nil {
+		return err
+	}
+	if h.control() {
+		text, err := io.ReadAll(payload)
+		if err != nil || int64(len(text)) < h.size {
+			return errEnd
 		}
-		_, err = io.CopyN(payload, f, int64(min(n, 64<<10)))
+		c.heard.Store(int64(c.hub.clock.uptime()))
+		return c.handleControl(h.opcode, text)
 	}
-	refuseIf(err != nil, statusNo, "gone", "the client is gone")
-	c.heard.Store(int64(c.server.clock.uptime()))
+	if err := c.readPayload(h, payload); err != nil {
+		return err
+	}
+	c.heard.Store(int64(c.hub.clock.uptime()))
+	if h.opcode != opContinuation {
+		c.opcode = h.opcode
+	}
+	if !h.final {
+		return nil
+	}
+	text := c.message.Bytes()
+	opcode := c.opcode
+	c.message = bytes.Buffer{}
+	c.opcode = 0
+	defer c.releaseSlot()
+	if opcode == opText && !utf8.Valid(text) {
+		return refuse(statusInvalid, "protocol", "a text message is not UTF-8")
+	}
+	if c.isStranger() {
+		defer c.handler.takeTurn()()
+	}
+	return c.handleMessage(text)
+}
+
+// handleControl answers a ping, and a close frame with the client's own status.
+func (c *client) handleControl(opcode byte, payload []byte) error {
 	switch opcode {
 	case opPing:
-		c.tell(newMessage(opPong, payload.Bytes()))
-	case opClose: // is answered with the client's own status
-		p, status := payload.Bytes(), statusNo
-		if len(p) > 1 {
-			status = int(binary.BigEndian.Uint16(p))
-			refuseIf(!utf8.Valid(p[2:]), statusInvalid, "protocol", "the reason of a close frame is not UTF-8")
-		}
-		bad := status < 1000 || status >= 1004 && status <= 1006 || status > 1014 && status < 3000 || status > 4999
-		refuseIf(bad && len(p) > 0, statusProtocol, "protocol", "a close status that must not be sent")
-		refuseIf(true, status, "client", "")
-	case opText, opBinary:
-		c.kind = opcode
+		c.send(newMessage(opPong, payload))
+		return nil
+	case opPong:
+		return nil
 	}
-	if control || !fin {
+	status := statusNone
+	if len(payload) > 0 {
+		if len(payload) > 1 {
+			status = int(binary.BigEndian.Uint16(payload))
+		}
+		if !mayBeSent(status) {
+			return refuse(statusProtocol, "protocol", "a close status that must not be sent")
+		}
+		if !utf8.Valid(payload[2:]) {
+			return refuse(statusInvalid, "protocol", "the reason of a close frame is not UTF-8")
+		}
+	}
+	c.send(closeFrame(status, "client", ""))
+	return errEnd
+}
+
+// mayBeSent reports whether a close status may stand in a close frame (RFC 6455, section
+// 7.4, and the IANA registry).
+func mayBeSent(status int) bool {
+	switch {
+	case status >= 1000 && status <= 1003, status >= 1007 && status <= 1014:
+		return true
+	}
+	return status >= 3000 && status <= 4999
+}
+
+// readPayload adds a frame's payload to the message. Memory is taken as the bytes come,
+// not as the header promises. A stranger's message is limited to 64 KiB, and one longer than
+// 4 KiB needs a slot.
+func (c *client) readPayload(h frameHeader, payload io.Reader) error {
+	limit := int64(maxMessage)
+	stranger := c.isStranger()
+	if stranger {
+		limit = maxFirst
+	}
+	before := int64(c.message.Len())
+	if h.size > limit-before {
+		return refuse(statusTooBig, "too-big", "a message is longer than %d KiB", limit>>10)
+	}
+	if stranger && before+h.size > longFirst {
+		if err := c.takeSlot(); err != nil {
+			return err
+		}
+	}
+	c.message.Grow(int(min(h.size, longFirst)) + bytes.MinRead)
+	n, err := io.Copy(&c.message, payload)
+	if err != nil || n < h.size {
+		return errEnd
+	}
+	return nil
+}
+
+// isStranger reports whether c never had a good subscription.
+func (c *client) isStranger() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.trusted
+}
+
+// trust lifts the limits of a stranger.
+func (c *client) trust() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.trusted = true
+}
+
+// takeSlot waits for one of the slots for long messages of strangers: without them, many
+// strangers together could fill the memory. Then the message has to come soon.
+func (c *client) takeSlot() error {
+	if c.hasSlot {
+		return nil
+	}
+	select {
+	case c.handler.slots <- struct{}{}:
+	case <-time.After(slotWait):
+		return refuse(statusTryLater, "too-big", "too many long messages at once")
+	}
+	c.hasSlot = true
+	c.setReadDeadline(time.Now().Add(slotTime))
+	return nil
+}
+
+// setReadDeadline sets the deadline for reading, but for a client that is being closed.
+func (c *client) setReadDeadline(t time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closing == "" {
+		c.conn.SetReadDeadline(t)
+	}
+}
+
+func (c *client) releaseSlot() {
+	if !c.hasSlot {
 		return
 	}
-	data := c.data.Bytes()
-	refuseIf(c.kind == opText && !utf8.Valid(data), statusInvalid, "protocol", "a text message is not UTF-8")
-	c.data, c.kind = bytes.Buffer{}, 0
-	c.handle(data)
+	<-c.handler.slots
+	c.hasSlot = false
+	c.setReadDeadline(time.Time{})
 }
 
-func (c *conn) handle(data []byte) {
-	type repo struct {
-		ID    string
-		Token string `json:"jwt_token"`
+// handleMessage does what a client's message says.
+func (c *client) handleMessage(data []byte) error {
+	kind, repos, err := parseClientMessage(data)
+	if err != nil {
+		return refuse(statusPolicy, "bad-message", "%v", err)
 	}
-	var m struct {
-		Type    string
-		Content struct{ Repos []repo }
-	}
-	s := c.server
-	if len(data) > 16<<10 { // decoded, it can take 22 times as much: so only one at a time
-		s.decoding.Lock()
-		defer s.decoding.Unlock()
-	}
-	err := json.Unmarshal(data, &m)
-	bad := func(condition bool, text string) { refuseIf(condition, statusPolicy, "bad-message", "%s", text) }
-	bad(err != nil, fmt.Sprintf("not a message: %+.60q", err))
-	bad(m.Type != "subscribe" && m.Type != "unsubscribe", fmt.Sprintf("unknown type %+.60q: subscribe or unsubscribe", m.Type))
-	bad(m.Content.Repos == nil || slices.ContainsFunc(m.Content.Repos, func(r repo) bool { return r.ID == "" }), `"content" must be {"repos":[{"id":...}]}`)
-	for _, repo := range m.Content.Repos {
-		if m.Type == "unsubscribe" {
-			s.mu.Lock()
-			s.unsubscribe(c, func(lib *library) bool { return lib.id == repo.ID })
-			s.mu.Unlock()
-			s.log.debugf("%s: unsubscribed from %q", c.name, repo.ID)
+	for _, repo := range repos {
+		if kind == "subscribe" {
+			if err := c.subscribe(repo.id, repo.token); err != nil {
+				return err
+			}
 			continue
 		}
-		cl, err := s.verify(repo.Token)
-		if err == nil && cl.RepoID != repo.ID {
-			err = &problem{403, "other-library", "the token is for another library"}
-		}
-		if err == nil {
-			c.refused = 0
-			s.subscribe(c, cl)
-			s.log.debugf("%s: subscribed to %q, user %q", c.name, repo.ID, cl.Username)
-			continue
-		}
-		s.refused("a subscription", c.name, err.(*problem))
-		if c.refused++; c.refused >= maxRefused {
-			s.log.warnf("%s: closed after %d refused subscriptions in a row; the last one: %v", c.name, c.refused, err)
-			refuseIf(true, statusPolicy, "refused", "too many refused subscriptions")
-		}
-		s.log.debugf("to %s: %q", c.name, expired(repo.ID).text)
-		c.tell(expired(repo.ID))
+		c.hub.unsubscribe(c, repo.id)
+		c.hub.log.debugf("%s: unsubscribed from %q", c.name, repo.id)
 	}
+	return nil
 }
 
-// ---- The HTTP handlers ----
-
-// httpServer cuts off who is slow. Idle connections stay longer than in the senders' pools: 90 s (Go), 118 s (libcurl).
-func (s *server) httpServer(handler http.Handler) *http.Server {
-	return &http.Server{Handler: handler, MaxHeaderBytes: 16 << 10, DisableGeneralOptionsHandler: true, ErrorLog: log.New(s.log, "", 0),
-		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 20 * time.Second, WriteTimeout: 20 * time.Second, IdleTimeout: 3 * time.Minute}
+// A repoToken is a library in a client's message, with the token for it if it subscribes.
+type repoToken struct {
+	id    string
+	token string
 }
 
-// ServeHTTP ignores repeated and trailing slashes and a leading /notification: each proxy rule in use leaves others.
-func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	path := strings.Join(strings.FieldsFunc(r.URL.Path, func(c rune) bool { return c == '/' }), "/") + "/"
-	path = strings.TrimSuffix(strings.TrimPrefix(path, "notification/"), "/")
-	allow := map[string]string{"": "GET, HEAD", "ping": "GET, HEAD", "events": "POST"}[path]
-	err := func() (err error) {
-		defer catch(&err)
-		refuseIf(allow == "", 404, "not-found", "not found: the notification server answers /, /ping and /events")
-		refuseIf(!slices.Contains(strings.Split(allow, ", "), r.Method), 405, "bad-method", "the method must be %s", allow)
-		w.Header().Set("Content-Type", "application/json")
-		switch path {
-		case "ping":
-			io.WriteString(w, `{"ret": "pong"}`+"\n")
-		case "events":
-			fmt.Fprintf(w, `{"subscribers":%d}`+"\n", s.serveEvent(w, r))
-		default:
-			s.serveWebSocket(w, r)
+// parseClientMessage returns the type of a message, subscribe or unsubscribe, and what is
+// in its repos.
+func parseClientMessage(data []byte) (kind string, repos []repoToken, err error) {
+	var content []byte
+	err = readObject(data, func(name, value []byte) error {
+		switch string(name) {
+		case "type":
+			kind, _ = jsonString(value)
+		case "content":
+			content = value
 		}
 		return nil
-	}()
+	})
 	if err != nil {
-		p := err.(*problem)
-		s.refused("a request", peer(r), p)
-		maps.Copy(w.Header(), map[int]http.Header{
-			401: {"Www-Authenticate": {"Token"}},
-			405: {"Allow": {allow}},
-			426: {"Upgrade": {"websocket"}, "Connection": {"Upgrade"}, "Sec-Websocket-Version": {"13"}},
-			503: {"Retry-After": {"60"}, "Connection": {"close"}}, // or those who were refused took the reserved descriptors
-		}[p.status])
-		http.Error(w, p.text, p.status)
+		return "", nil, fmt.Errorf("not a message: %w", err)
+	}
+	if kind != "subscribe" && kind != "unsubscribe" {
+		return "", nil, fmt.Errorf("unknown type %+.60q: subscribe or unsubscribe", kind)
+	}
+	found := false
+	err = eachMember(content, func(name, value []byte) error {
+		if string(name) != "repos" {
+			return nil
+		}
+		found = true
+		return eachElement(value, func(element []byte) error {
+			repo, err := parseRepo(element)
+			repos = append(repos, repo)
+			return err
+		})
+	})
+	if err != nil || !found {
+		return "", nil, errors.New(`"content" must be {"repos":[{"id":...}]}`)
+	}
+	return kind, repos, nil
+}
+
+// parseRepo returns what an element of repos says.
+func parseRepo(element []byte) (repo repoToken, err error) {
+	err = eachMember(element, func(name, value []byte) error {
+		ok := true
+		switch string(name) {
+		case "id":
+			repo.id, ok = jsonString(value)
+		case "jwt_token":
+			repo.token, ok = jsonString(value)
+		}
+		if !ok {
+			return fmt.Errorf("%s is not a string", name)
+		}
+		return nil
+	})
+	if err == nil && (repo.id == "" || len(repo.id) > maxRepoID) {
+		err = errors.New("a repo without an id, or with one that is too long")
+	}
+	return repo, err
+}
+
+// subscribe answers a token that does not hold with jwt-expired. It returns an error when
+// that was the last of too many in a row.
+func (c *client) subscribe(repoID, token string) error {
+	lg := c.hub.log
+	cl, err := c.handler.verifier.verifySubscription(token, repoID)
+	if err == nil && !c.hub.subscribe(c, cl) {
+		lg.debugf("%s: the token for %q ends no later than the one that ran out", c.name, repoID)
+		c.send(expiredFrame(repoID))
+		return nil
+	}
+	if err == nil {
+		c.refused = 0
+		c.trust()
+		lg.debugf("%s: subscribed to %q, user %q", c.name, repoID, cl.username)
+		return nil
+	}
+	r := c.handler.logRefusal("a subscription", c.name, c.isCheck, err)
+	m := expiredFrame(repoID)
+	lg.debugf("to %s: %s", c.name, m.payload())
+	c.send(m)
+	if r.reason == "expired" || r.reason == "long-expired" {
+		return nil // it was good once; a client that slept has one for each library
+	}
+	if c.refused++; c.refused >= maxRefused {
+		lg.warnf("%s: closed after %d refused subscriptions in a row; the last one: %v",
+			c.name, c.refused, err)
+		return refuse(statusPolicy, "refused", "too many refused subscriptions")
+	}
+	return nil
+}
+
+// ---- HTTP handlers ----
+//
+// Requests: their paths, methods and limits, and the answers to them. A handler makes one
+// call into another part; errors become an answer in handler.refuse, and nowhere else. It
+// never waits for a client or for seaf-server. handler.resolve runs in a goroutine for each
+// event that waits for group members, and ends with the lookup. The lock of plainListener
+// guards the list of connections that are not upgraded.
+
+const (
+	reservedFiles  = 64                    // descriptors kept from clients: senders, /ping, log
+	maxPlain       = reservedFiles / 2     // connections that do not upgrade, see plainListener
+	crowdedPlain   = reservedFiles * 3 / 4 // of them, beyond which none may stay idle
+	extraPlain     = 4096                  // more of both, while clients leave descriptors free
+	plainWait      = time.Second           // without a change, for one beyond maxPlain
+	plainWaitShort = 5 * time.Millisecond  // for an idle one beyond crowdedPlain
+	bodyStart      = 16 << 10              // bytes of memory that an event's body begins with
+	maxHead        = 64 << 10              // bytes of a request's head; nginx passes 32 KiB
+	upgradeWait    = 20 * time.Second      // for the answer to an upgrade to be written
+	lookupWait     = 5 * time.Second       // for seaf-server to tell who is in a group
+)
+
+// maxClients is how many clients the limit of open files allows. Go has raised the soft
+// limit to the hard one before main.
+func maxClients() int {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return 1
+	}
+	return max(int(min(limit.Cur, 1<<22))-reservedFiles, 1)
+}
+
+// A handler answers requests.
+type handler struct {
+	hub        *hub
+	verifier   *verifier
+	groups     *groups
+	log        *logger
+	metrics    *metrics
+	clock      clock
+	maxClients int64
+	clients    atomic.Int64  // WebSocket connections, and those about to be
+	slots      chan struct{} // holds a value for each client that has one, see client.takeSlot
+	turns      chan struct{} // likewise, see takeTurn
+}
+
+func newHandler(h *hub, v *verifier, g *groups, lg *logger, m *metrics, clk clock) *handler {
+	return &handler{
+		hub:        h,
+		verifier:   v,
+		groups:     g,
+		log:        lg,
+		metrics:    m,
+		clock:      clk,
+		maxClients: int64(maxClients()),
+		slots:      make(chan struct{}, maxSlots),
+		turns:      make(chan struct{}, max(runtime.GOMAXPROCS(0)/2, 1)),
 	}
 }
 
-func peer(r *http.Request) string { // gives a client's address, and what a proxy says of it, for the log
-	if forwarded := r.Header.Values("X-Forwarded-For"); forwarded != nil { // HAProxy adds a line
-		return fmt.Sprintf("%s for %.100q", r.RemoteAddr, strings.Join(forwarded, ", "))
-	}
-	return r.RemoteAddr
+// takeTurn waits until a stranger's message may be handled, and returns the function that ends
+// the turn. Strangers take at most half of the processors, so that events are not held up.
+// Who has a turn waits for nobody, so it comes soon.
+func (h *handler) takeTurn() func() {
+	h.turns <- struct{}{}
+	return func() { <-h.turns }
 }
 
-func (s *server) refused(what, from string, p *problem) { // counts it, and logs it once a minute for each reason
-	uptime := s.clock.uptime()
-	s.counting.Lock()
-	s.counts[[2]string{"refused_total", p.reason}]++
-	quiet := uptime < s.quiet[p.reason] && p.reason != "group-members" // each of these ends connections
-	if !quiet {
-		s.quiet[p.reason] = uptime + time.Minute
-	}
-	s.counting.Unlock() // before a write that may not end
-	if !quiet {
-		s.log.warnf("%s from %s refused: %s", what, from, p.text)
+// newHTTPServer returns a server that cuts off who is slow. Idle connections stay longer
+// than in the pools of the senders: 90 s (Go), 118 s (libcurl).
+func newHTTPServer(h http.Handler, lg *logger) *http.Server {
+	return &http.Server{
+		Handler:                      h,
+		MaxHeaderBytes:               maxHead,
+		ReadHeaderTimeout:            10 * time.Second,
+		ReadTimeout:                  20 * time.Second,
+		WriteTimeout:                 20 * time.Second,
+		IdleTimeout:                  3 * time.Minute,
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     log.New(lg, "", 0),
+		ConnState:                    trackPlain,
 	}
 }
 
-// serveEvent returns as soon as the event is queued, since the Go file server makes a user's upload wait for the answer.
-func (s *server) serveEvent(w http.ResponseWriter, r *http.Request) (subscribers int) {
-	token, found := strings.CutPrefix(r.Header.Get("Authorization"), "Token ")
-	if !found {
-		token = r.Header.Get("Seafile-Repo-Token") // of Seafile 10
+// ServeHTTP ignores repeated and trailing slashes and a leading /notification, since each
+// proxy rule in use leaves others.
+func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	fields := strings.FieldsFunc(r.URL.Path, func(c rune) bool { return c == '/' })
+	if len(fields) > 0 && fields[0] == "notification" {
+		fields = fields[1:]
 	}
-	refuseIf(token == "", 401, "no-token", "there is no token in Authorization: Token or in Seafile-Repo-Token")
-	cl, err := s.verify(strings.TrimSpace(token))
+	var err error
+	switch strings.Join(fields, "/") {
+	case "":
+		err = h.serveClient(w, r)
+	case "ping":
+		err = h.servePing(w, r)
+	case "events":
+		err = h.serveEvent(w, r)
+	default:
+		err = refuse(404, "not-found", "not found: the notification server answers /, /ping and /events")
+	}
 	if err != nil {
-		panic(err)
+		h.refuse(w, r, err)
 	}
-	refuseIf(cl.Username != "", 403, "client-token", "a client's token is good for subscriptions, not for events")
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxMessageBytes))
-	refuseIf(errors.As(err, new(*http.MaxBytesError)), 413, "too-big", "the event is longer than 1 MiB")
-	refuseIf(err != nil, 400, "bad-event", "the event did not come in whole: %v", err)
-	ev := parseEvent(body)
-	refuseIf(cl.RepoID != "" && cl.RepoID != ev.repoID, 403, "other-library", "the token is for another library")
-	s.count("events_total", ev.kind)
-	if ev.group == nil {
-		return s.publish(ev, nil)
-	}
-	members, err := s.cfg.askMembers(*ev.group)
-	if err != nil { // neither leak nor loss: nobody gets it, and all ask anew
-		s.count("group_lookups_total", "failed")
-		n := s.publish(&event{repoID: ev.repoID, message: closing(statusRestart, "resync", "group members are not known")}, nil)
-		refuseIf(true, 503, "group-members", "the members of group %d are not known, so nobody gets this event, and %d subscribers of library %q resync: %v", *ev.group, n, ev.repoID, err)
-	}
-	s.count("group_lookups_total", "ok")
-	return s.publish(ev, members)
 }
 
+// checkMethod returns an error if the method is not one of allowed. OPTIONS, with which
+// HAProxy checks health, it answers with 204, and reports done.
+func checkMethod(w http.ResponseWriter, r *http.Request, allowed ...string) (done bool, err error) {
+	if slices.Contains(allowed, r.Method) {
+		return false, nil
+	}
+	w.Header().Set("Allow", strings.Join(allowed, ", "))
+	if r.Method == "OPTIONS" {
+		w.WriteHeader(http.StatusNoContent)
+		return true, nil
+	}
+	return false, refuse(405, "bad-method", "the method must be %s", strings.Join(allowed, ", "))
+}
+
+func (h *handler) servePing(w http.ResponseWriter, r *http.Request) error {
+	if done, err := checkMethod(w, r, "GET", "HEAD"); done || err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	io.WriteString(w, `{"ret": "pong"}`+"\n")
+	return nil
+}
+
+// refuse answers with an error, which is a *refusal, and logs it.
+func (h *handler) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	what := "a request"
+	if strings.HasSuffix(strings.TrimRight(r.URL.Path, "/"), "events") {
+		what = "an event"
+	}
+	refused := h.logRefusal(what, peer(r), r.UserAgent() == checkAgent, err)
+	header := w.Header()
+	switch refused.status {
+	case 401:
+		header.Set("WWW-Authenticate", "Token")
+	case 426:
+		header.Set("Upgrade", "websocket")
+		header.Set("Connection", "Upgrade")
+		header.Set("Sec-WebSocket-Version", "13")
+	case 503:
+		header.Set("Retry-After", "60")
+		header.Set("Connection", "close") // it must not keep a reserved descriptor
+	}
+	http.Error(w, refused.text, refused.status)
+}
+
+// logRefusal counts a refusal and logs it, once a minute for each reason and kind of
+// sender: what is "a request", "an event" or "a subscription". A self-check's are no
+// cause for a warning.
+func (h *handler) logRefusal(what, from string, isCheck bool, err error) *refusal {
+	var r *refusal
+	if !errors.As(err, &r) {
+		r = refuse(500, "internal", "internal error: %v", err)
+	}
+	key := what + " " + r.reason
+	if isCheck {
+		h.metrics.refused.add("self-check")
+		h.log.infoOnce("self-check "+key, "self-check: %s from %s refused: %s", what, from, r.text)
+		return r
+	}
+	h.metrics.refused.add(r.reason)
+	h.log.warnOnce(key, "%s from %s refused: %s", what, from, r.text)
+	return r
+}
+
+// peer names who sent a request, for the log: its address, for whom a proxy asks, and
+// what it says of itself.
+func peer(r *http.Request) string {
+	name := r.RemoteAddr
+	// HAProxy adds a line of its own to those that came.
+	if forwarded := r.Header.Values("X-Forwarded-For"); len(forwarded) > 0 {
+		name += " for " + quoted(strings.Join(forwarded, ", "))
+	}
+	if agent := r.UserAgent(); agent != "" {
+		name += " (" + quoted(agent) + ")"
+	}
+	return name
+}
+
+// serveEvent answers as soon as the event is queued, since the Go file server makes the
+// user's upload wait for the answer.
+func (h *handler) serveEvent(w http.ResponseWriter, r *http.Request) error {
+	if done, err := checkMethod(w, r, "POST"); done || err != nil {
+		return err
+	}
+	token, err := tokenOfEvent(r)
+	if err != nil {
+		return err
+	}
+	cl, err := h.verifier.verifyEvent(token)
+	if err != nil {
+		return err
+	}
+	body, err := readBody(w, r)
+	if err != nil {
+		return err
+	}
+	ev, err := parseEvent(body)
+	if err != nil {
+		return refuse(400, "bad-event", "%v", err)
+	}
+	if cl.repoID != "" && cl.repoID != ev.repoID {
+		return refuse(403, "other-library", "the token is for another library")
+	}
+	h.metrics.events.add(ev.kind)
+	subscribers, waits := h.hub.publish(ev)
+	if waits {
+		go h.resolve(ev)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	fmt.Fprintf(w, `{"subscribers":%d}`+"\n", subscribers)
+	return nil
+}
+
+// tokenOfEvent returns the token of an event: Seafile 12 and later send it in Authorization,
+// 10 and 11 in a header of their own. The scheme's case does not matter (RFC 9110,
+// section 11.1).
+func tokenOfEvent(r *http.Request) (string, error) {
+	scheme, token, found := strings.Cut(r.Header.Get("Authorization"), " ")
+	if !found || !strings.EqualFold(scheme, "Token") {
+		token = r.Header.Get("Seafile-Repo-Token")
+	}
+	token = strings.TrimSpace(token)
+	if token == "" {
+		return "", refuse(401, "no-token",
+			"there is no token in Authorization: Token or in Seafile-Repo-Token")
+	}
+	return token, nil
+}
+
+// readBody returns the body of an event, of at most 1 MiB. It takes memory for what was
+// announced only as far as that is a usual event, and for the rest as it comes.
+func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	var body bytes.Buffer
+	body.Grow(int(max(min(r.ContentLength, bodyStart), 0)) + bytes.MinRead)
+	_, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, maxMessage))
+	var tooBig *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooBig):
+		return nil, refuse(413, "too-big", "the event is longer than 1 MiB")
+	case err != nil:
+		return nil, refuse(400, "bad-event", "the event did not come in whole: %v", err)
+	}
+	return body.Bytes(), nil
+}
+
+// resolve asks seaf-server who is in the group of a waiting event, and has it delivered.
+func (h *handler) resolve(ev *event) {
+	members, err := h.askMembers(ev.group)
+	if err != nil {
+		h.metrics.lookups.add("failed")
+		n := h.hub.resolve(ev, nil)
+		h.metrics.refused.add("group-members")
+		h.log.warnOnce("group members: "+failureKind(err),
+			"the members of group %d are not known, so nobody gets an event for them, "+
+				"and %d clients of library %q are closed so that they resync: %v", ev.group, n, ev.repoID, err)
+		return
+	}
+	h.metrics.lookups.add("ok")
+	h.hub.resolve(ev, members)
+}
+
+// askMembers asks seaf-server who is in a group. A bug in it is an error: else the events of
+// the library would wait for ever.
+func (h *handler) askMembers(group int64) (members map[string]bool, err error) {
+	err = errors.New("a bug in this server: see the log")
+	defer recoverPanic(h.log, "asking for group members")
+	ctx, cancel := context.WithTimeout(context.Background(), lookupWait)
+	defer cancel()
+	return h.groups.members(ctx, group)
+}
+
+// An event is what changed in a library, as it was posted.
 type event struct {
-	*message     // {"type","content"} in compact JSON
-	kind, repoID string
-	user         string // the only one it is for, or "" for all
-	group        *int64 // the only one it is for
+	message  *message // {"type","content"} in compact JSON
+	kind     string   // its type
+	repoID   string
+	user     string          // the only one it is for, "" for all
+	forGroup bool            // it is for the members of group alone
+	group    int64           // group ID
+	resolved bool            // guarded by hub.mu, like members
+	members  map[string]bool // nil: not known
 }
 
-func parseEvent(body []byte) *event { // or refuses it
-	bad := func(condition bool, format string, args ...any) {
-		refuseIf(condition, 400, "bad-event", format, args...)
+func (ev *event) isUpdate() bool { return ev.message.isUpdate }
+
+// isFor reports whether a subscription of user gets the event.
+func (ev *event) isFor(user string) bool {
+	if ev.forGroup {
+		return ev.members[user]
 	}
-	var outer struct {
-		Type    string
-		Content json.RawMessage
-	}
-	var content struct {
-		RepoID     string `json:"repo_id"`
-		Type, User string
-		Group      *int64
-	}
-	err := json.Unmarshal(body, &outer)
-	bad(err != nil, "the event is not one JSON object: %v", err)
-	bad(!slices.Contains([]string{"repo-update", "file-lock-changed", "folder-perm-changed", "comment-update"}, outer.Type), "unknown type %.100q", outer.Type)
-	err = json.Unmarshal(outer.Content, &content) // an error shows in the fields
-	bad(content.RepoID == "", "the content is not an object with a repo_id that is a string and not empty")
-	bad(!utf8.Valid(body), "the event is not UTF-8")
-	text := bytes.NewBufferString(`{"type":"` + outer.Type + `","content":`)
-	json.Compact(text, outer.Content)
-	text.WriteByte('}')
-	ev := &event{message: newMessage(opText, text.Bytes()), kind: outer.Type, repoID: content.RepoID}
-	switch ev.kind {
-	case "repo-update":
-		ev.replaces = ev.repoID // only the newest commit matters
-	case "folder-perm-changed":
-		if content.Group != nil && *content.Group == -1 || content.Type == "user" { // -1 is seaf-server's way of saying none
-			content.Group = nil
-		}
-		if content.Type == "group" {
-			content.User = ""
-		}
-		bad(err != nil || (content.User == "") == (content.Group == nil) || !slices.Contains([]string{"user", "group", ""}, content.Type),
-			"a folder-perm-changed needs the type user and a user, or the type group and the number of a group")
-		ev.user, ev.group = content.User, content.Group
-	}
-	return ev
+	return ev.user == "" || ev.user == user
 }
 
-// serveWebSocket checks no Origin: behind a proxy each real client's differs from the Host, and the token protects.
-func (s *server) serveWebSocket(w http.ResponseWriter, r *http.Request) {
-	has := func(field, word string) bool {
-		list := strings.Split(strings.Join(r.Header.Values(field), ","), ",")
-		return slices.ContainsFunc(list, func(v string) bool { return strings.EqualFold(strings.TrimSpace(v), word) })
+// The types of events. A new one is a constant here and a case in parseEvent.
+const (
+	repoUpdate        = "repo-update"
+	fileLockChanged   = "file-lock-changed"
+	folderPermChanged = "folder-perm-changed"
+	commentUpdate     = "comment-update"
+)
+
+// parseEvent reads the body of a posted event. Of the names in it only those count that a
+// client reads: their case is exact, and the repo ID is given once.
+func parseEvent(body []byte) (*event, error) {
+	var kind string
+	var content []byte
+	err := readObject(body, func(name, value []byte) error {
+		switch string(name) {
+		case "type":
+			kind, _ = jsonString(value)
+		case "content":
+			content = value
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("the event is not one JSON object: %w", err)
 	}
-	refuseIf(!has("Connection", "upgrade") || !has("Upgrade", "websocket"), 426, "no-websocket", "This is Seafile's notification server. Its clients connect here by WebSocket; this request does not. To check that it works, ask for /ping, or run notification-server -c DIR -check URL. If a client got this, its proxy does not pass on the headers Upgrade and Connection.")
-	refuseIf(!r.ProtoAtLeast(1, 1) || r.Method != "GET", 426, "no-websocket", "A WebSocket needs GET and HTTP/1.1, but this request came by %s and %s: set proxy_http_version 1.1 in nginx.", r.Method, r.Proto)
-	refuseIf(r.Header.Get("Sec-WebSocket-Version") != "13", 426, "no-websocket", "Sec-WebSocket-Version must be 13")
-	key, err := base64.StdEncoding.DecodeString(r.Header.Get("Sec-WebSocket-Key"))
-	refuseIf(err != nil || len(key) != 16, 400, "no-websocket", "Sec-WebSocket-Key must be 16 bytes in base64")
-	if s.clients.Add(1) > s.maxClients {
-		s.clients.Add(-1)
-		refuseIf(true, 503, "full", "%d clients are connected; the limit of open files allows no more: raise it (ulimit -n, LimitNOFILE=)", s.maxClients)
+	switch kind {
+	case repoUpdate, fileLockChanged, folderPermChanged, commentUpdate:
+	default:
+		return nil, fmt.Errorf("unknown type %s", quoted(kind))
 	}
-	c := &conn{server: s, name: peer(r), desktop: has("Sec-WebSocket-Protocol", subprotocol), bare: s.clock.uptime(), due: math.Inf(1)}
-	c.heard.Store(int64(c.bare))
-	r.Header["Connection"], r.Header["Upgrade"] = []string{"upgrade"}, []string{"websocket"} // x/net/websocket looks at one line of each only
-	r.Host = "localhost"                                                                     // whatever the client says: x/net/websocket would answer a bad one by itself
-	r.Header["Sec-Websocket-Protocol"] = map[bool][]string{true: {subprotocol}}[c.desktop]   // which is answered; no other is
+	fields, err := parseContent(content)
+	if err != nil {
+		return nil, err
+	}
+	text := slices.Concat([]byte(`{"type":"`+kind+`","content":`), content, []byte("}"))
+	ev := &event{message: newMessage(opText, text), kind: kind, repoID: fields.repoID}
+	ev.message.repoID = fields.repoID
+	ev.message.isUpdate = kind == repoUpdate
+	if kind == folderPermChanged {
+		err = ev.setAudience(fields)
+	}
+	return ev, err
+}
+
+// An eventContent is what this server reads of an event's content.
+type eventContent struct {
+	repoIDs  int // how often repo_id is given
+	repoID   string
+	kind     string // "type"; user or group in a folder-perm-changed
+	user     string
+	group    int64
+	hasGroup bool
+}
+
+// parseContent reads the content of an event, which is compact JSON.
+func parseContent(content []byte) (fields eventContent, err error) {
+	err = eachMember(content, func(name, value []byte) error {
+		switch string(name) {
+		case "repo_id":
+			fields.repoIDs++
+			fields.repoID, _ = jsonString(value)
+		case "type":
+			fields.kind, _ = jsonString(value)
+		case "user":
+			fields.user, _ = jsonString(value)
+		case "group":
+			if string(value) == "null" {
+				return nil
+			}
+			// -1 is seaf-server's way of saying none.
+			fields.hasGroup = string(value) != "-1"
+			if err := json.Unmarshal(value, &fields.group); err != nil {
+				return errors.New("the group is not a number")
+			}
+		}
+		return nil
+	})
+	if err == nil && (fields.repoIDs != 1 || fields.repoID == "") {
+		err = errors.New("repo_id must be given once, as a string that is not empty")
+	}
+	if err != nil {
+		return fields, fmt.Errorf("the content of the event is wrong: %w", err)
+	}
+	return fields, nil
+}
+
+// setAudience notes whom a folder-perm-changed is for: one user, or the members of a group.
+func (ev *event) setAudience(fields eventContent) error {
+	forUser := fields.user != "" && fields.kind != "group"
+	forGroup := fields.hasGroup && fields.kind != "user"
+	known := fields.kind == "user" || fields.kind == "group" || fields.kind == ""
+	if forUser == forGroup || !known {
+		return errors.New("a folder-perm-changed needs the type user and a user, " +
+			"or the type group and the number of a group")
+	}
+	if forUser {
+		ev.user = fields.user
+		return nil
+	}
+	ev.forGroup = true
+	ev.group = fields.group
+	return nil
+}
+
+// serveClient upgrades a request to a WebSocket (RFC 6455, section 4.2). It checks no
+// Origin: behind a proxy each real client's differs from the Host, and the token protects.
+func (h *handler) serveClient(w http.ResponseWriter, r *http.Request) error {
+	if done, err := checkMethod(w, r, "GET", "HEAD"); done || err != nil {
+		return err
+	}
+	if err := checkUpgrade(r); err != nil {
+		return err
+	}
+	if h.clients.Add(1) > h.maxClients {
+		h.clients.Add(-1)
+		return refuse(503, "full", "%d clients are connected; the limit of open files allows no more: "+
+			"raise it (ulimit -n, LimitNOFILE=)", h.maxClients)
+	}
+	c := &client{
+		hub:     h.hub,
+		handler: h,
+		name:    peer(r),
+		desktop: hasWord(r.Header, "Sec-WebSocket-Protocol", subprotocol),
+		isCheck: r.UserAgent() == checkAgent,
+	}
+	c.heard.Store(int64(h.clock.uptime()))
+	defer func() {
+		if c.nextFrame == nil { // the answer could not be written
+			c.drop()
+		}
+	}()
+	answerUpgrade(w, r, c)
+	if c.nextFrame == nil {
+		return nil
+	}
+	c.conn.SetWriteDeadline(time.Time{})
+	h.log.debugf("%s: connected", c.name)
+	h.hub.add(c)
+	go c.serve()
+	return nil
+}
+
+// drop gives up a client that did not get as far as the hub.
+func (c *client) drop() {
+	if c.conn != nil {
+		c.conn.Close()
+	}
+	c.handler.clients.Add(-1)
+}
+
+// answerUpgrade answers the upgrade, which was checked. If that works, c has its nextFrame.
+func answerUpgrade(w http.ResponseWriter, r *http.Request, c *client) {
+	// x/net/websocket looks at one line of each of these, and would answer a bad Host by itself.
+	r.Host = "localhost"
+	r.Header["Connection"] = []string{"upgrade"}
+	r.Header["Upgrade"] = []string{"websocket"}
+	r.Header["Sec-Websocket-Version"] = []string{"13"}
+	delete(r.Header, "Sec-Websocket-Protocol")
+	if c.desktop {
+		r.Header["Sec-Websocket-Protocol"] = []string{subprotocol} // the answer repeats it
+	}
 	websocket.Server{
+		// Without a function of ours it would refuse a handshake without Origin.
 		Handshake: func(*websocket.Config, *http.Request) error { return nil },
 		Handler: func(ws *websocket.Conn) {
-			next := ws.NewFrameReader // all that is kept of ws: the request and the buffer for writing are free now
-			c.next = func() (incoming, error) { return next() }
-			c.nc.SetWriteDeadline(time.Time{})
-			s.log.debugf("%s: connected", c.name)
-			s.mu.Lock()
-			s.conns[c] = true
-			s.mu.Unlock()
-			go c.serve()
+			// This function is all that is kept of ws.
+			next := ws.NewFrameReader
+			c.nextFrame = func() (frameReader, error) { return next() }
 		},
-	}.ServeHTTP(hijacker{w, c}, r)
-	if c.next == nil { // the handshake failed
-		s.clients.Add(-1)
-		c.nc.Close()
-	}
+	}.ServeHTTP(&hijacker{w, c}, r)
 }
 
-// A hijacker gives x/net/websocket a small buffer in place of net/http's of 4 KiB, and keeps the connection open.
+// checkUpgrade returns what is missing for an upgrade. HTTP/1.0 is good: nginx sends it
+// without proxy_http_version.
+func checkUpgrade(r *http.Request) error {
+	if !hasWord(r.Header, "Connection", "upgrade") || !hasWord(r.Header, "Upgrade", "websocket") {
+		return refuse(426, "no-websocket", "This is Seafile's notification server. "+
+			"Its clients connect here by WebSocket; this request does not. "+
+			"To check that it works, ask for /ping, or run notification-server -c DIR -check URL. "+
+			"If a client got this, its proxy does not pass on the headers Upgrade and Connection.")
+	}
+	if r.Method != "GET" {
+		return refuse(426, "no-websocket",
+			"A WebSocket needs GET, but this request came by %s.", r.Method)
+	}
+	if r.ContentLength != 0 {
+		return refuse(400, "no-websocket", "An upgrade to WebSocket must not have a body.")
+	}
+	if !hasWord(r.Header, "Sec-WebSocket-Version", "13") {
+		return refuse(426, "no-websocket", "Sec-WebSocket-Version must be 13")
+	}
+	key, err := base64.StdEncoding.DecodeString(r.Header.Get("Sec-WebSocket-Key"))
+	if err != nil || len(key) != 16 {
+		return refuse(400, "no-websocket", "Sec-WebSocket-Key must be 16 bytes in base64")
+	}
+	return nil
+}
+
+// hasWord reports whether a header, which may have several lines, lists a word in any case
+// of letters.
+func hasWord(header http.Header, name, word string) bool {
+	for _, line := range header.Values(name) {
+		for item := range strings.SplitSeq(line, ",") {
+			if strings.EqualFold(strings.TrimSpace(item), word) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// A hijacker gives x/net/websocket the connection of a client with a small buffer in place
+// of net/http's of 4 KiB, and keeps it open.
 type hijacker struct {
 	http.ResponseWriter
-	c *conn
+	client *client
 }
 
-type unclosed struct{ net.Conn } // by x/net/websocket
-func (unclosed) Close() error    { return nil }
+// An unclosed is a connection that x/net/websocket does not close when its handler returns.
+type unclosed struct{ net.Conn }
 
-func (h hijacker) Hijack() (nc net.Conn, rw *bufio.ReadWriter, err error) {
-	if nc, rw, err = h.ResponseWriter.(http.Hijacker).Hijack(); err != nil {
+func (unclosed) Close() error { return nil }
+
+func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := h.ResponseWriter.(http.Hijacker).Hijack()
+	if err != nil {
 		return nil, nil, err
 	}
-	h.c.nc, h.c.br = nc, bufio.NewReaderSize(nc, readBufferBytes)
-	if rw.Reader.Buffered() > 0 { // what came right behind the handshake
-		h.c.br = rw.Reader
+	c := h.client
+	if plain, ok := conn.(*plainConn); ok {
+		conn = plain.Conn
 	}
-	nc.SetWriteDeadline(time.Now().Add(writeWait))                       // for the answer to the upgrade
-	nc.(interface{ SetWriteBuffer(int) error }).SetWriteBuffer(64 << 10) // with Linux's 4 MiB a slow reader looks like a stuck one
-	h.c.raw, err = nc.(syscall.Conn).SyscallConn()
-	return unclosed{nc}, bufio.NewReadWriter(h.c.br, rw.Writer), err
+	c.conn = conn
+	c.reader = bufio.NewReaderSize(conn, readBuffer)
+	if rw.Reader.Buffered() > 0 { // a frame came right behind the request
+		c.reader = rw.Reader
+	}
+	conn.SetDeadline(time.Time{})
+	conn.SetWriteDeadline(time.Now().Add(upgradeWait))
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		// With Linux's 4 MiB a slow reader looks like a stuck one: the kernel reports room
+		// in its buffer only by thirds of it.
+		tcp.SetWriteBuffer(sendBuffer)
+	}
+	if c.raw, err = conn.(syscall.Conn).SyscallConn(); err != nil {
+		return nil, nil, err
+	}
+	return unclosed{conn}, bufio.NewReadWriter(c.reader, rw.Writer), nil
+}
+
+// A plainListener limits the connections that do not upgrade, so that strangers cannot take
+// the descriptors that are kept for senders, /ping, the log and seaf-server. Beyond the
+// limit it closes those on which nothing happened for the longest time.
+type plainListener struct {
+	net.Listener
+	handler *handler
+
+	mu    sync.Mutex // guards the fields below, and those of plainConn
+	conns *list.List // of *plainConn, in the order of their last change
+}
+
+// A plainConn is a connection that speaks HTTP.
+type plainConn struct {
+	net.Conn
+	listener *plainListener
+	element  *list.Element // of listener.conns
+	changed  time.Time     // when it came, or a request on it began or ended
+	active   bool          // a request has begun and is not answered yet
+}
+
+// newPlainListener returns ln with the limit.
+func newPlainListener(ln net.Listener, h *handler) *plainListener {
+	return &plainListener{Listener: ln, handler: h, conns: list.New()}
+}
+
+// Accept waits for the next connection, and for room for it: at most some milliseconds.
+func (l *plainListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c := &plainConn{Conn: conn, listener: l, changed: time.Now()}
+	l.mu.Lock()
+	c.element = l.conns.PushBack(c)
+	l.mu.Unlock()
+	for !l.makeRoom() {
+		time.Sleep(time.Millisecond)
+	}
+	return c, nil
+}
+
+// makeRoom closes connections beyond the limit that may be closed, and reports whether
+// there is room for another one.
+func (l *plainListener) makeRoom() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	free := int(min(max(l.handler.maxClients-l.handler.clients.Load(), 0), extraPlain))
+	now := time.Now()
+	var next *list.Element
+	for e := l.conns.Front(); e != nil && l.conns.Len() > maxPlain+free; e = next {
+		next = e.Next()
+		c := e.Value.(*plainConn)
+		age := now.Sub(c.changed)
+		crowded := l.conns.Len() > crowdedPlain+free
+		if age >= plainWait || crowded && !c.active && age >= plainWaitShort {
+			c.Conn.Close()
+			l.conns.Remove(e)
+		}
+	}
+	return l.conns.Len() <= crowdedPlain+free
+}
+
+// trackPlain is told by net/http what happens on a connection.
+func trackPlain(conn net.Conn, state http.ConnState) {
+	c, ok := conn.(*plainConn)
+	if !ok {
+		return
+	}
+	l := c.listener
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch state {
+	case http.StateHijacked, http.StateClosed:
+		l.conns.Remove(c.element)
+	default:
+		c.active = state == http.StateActive
+		c.changed = time.Now()
+		l.conns.MoveToBack(c.element)
+	}
+}
+
+// Write counts and logs one of the refusals that net/http makes by itself: of a head that is
+// too long.
+func (c *plainConn) Write(p []byte) (int, error) {
+	if bytes.HasPrefix(p, []byte("HTTP/1.1 431 ")) {
+		c.listener.handler.logRefusal("a request", c.RemoteAddr().String(), false,
+			refuse(431, "head-too-long", "its head is longer than %d KiB", maxHead>>10))
+	}
+	return c.Conn.Write(p)
+}
+
+// CloseWrite lets net/http end an answer without losing it.
+func (c *plainConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
 }
 
 // ---- Group members ----
+//
+// The question to seaf-server who is in a group, over its Unix socket. This part knows
+// nothing of events or clients, and keeps no answer. Its lock guards the questions that
+// are being asked. It has no goroutine of its own: its caller waits.
 
 const (
-	rpcWait       = 800 * time.Millisecond // seaf-server, when it posts an event, waits 1 s
-	maxReplyBytes = 8 << 20                // some 80,000 members
+	maxQuestions = 4                    // at a time: seaf-server's threads are few
+	maxReplySize = 8 << 20              // bytes; some 80,000 members
+	connectRetry = 5 * time.Millisecond // between two tries while seaf-server's backlog is full
 )
 
-var errUnknownGroup = errors.New("seaf-server does not know them: the group is gone or empty, or seaf-server's database is down")
+// errUnknownGroup says that seaf-server answered null. That means "not known", never
+// "nobody": it answers so for a group that is gone or empty, and when its database is down.
+var errUnknownGroup = errors.New("seaf-server does not know them: " +
+	"the group is gone or empty, or seaf-server's database is down")
 
-// askMembers asks seaf-server for the users in a group, over its Unix socket. An error means that they are not known.
-func (cfg *config) askMembers(group int64) (members map[string]bool, err error) {
-	defer catch(&err)
-	socket, deadline := cfg.socket(), time.Now().Add(rpcWait)
-	failIf(socket == "", "there is no %s: start seaf-server, or set SEAFILE_RPC_PIPE_PATH to the directory of its seafile.sock", strings.Join(cfg.sockets, ", nor "))
-	nc, err := net.DialTimeout("unix", socket, rpcWait)
-	failIf(err != nil, "cannot ask seaf-server: %v: is it running, and may this user open its socket?", err)
-	defer nc.Close()
-	nc.SetDeadline(deadline)
-	request := fmt.Appendf(make([]byte, 4), `{"service":"seafserv-threaded-rpcserver","request":"[\"get_group_members\", %d, -1, -1]"}`, group)
-	binary.LittleEndian.PutUint32(request, uint32(len(request)-4))
-	nc.Write(request) // an error shows in reading
-	members, err = readMembers(nc)
-	failIf(err != nil && err != errUnknownGroup, "asked on %s: %v", socket, err)
+// errNoSocket says that there is no seafile.sock to connect to.
+var errNoSocket = errors.New("start seaf-server, " +
+	"or set SEAFILE_RPC_PIPE_PATH to the directory of its seafile.sock")
+
+// groups asks seaf-server for the members of groups.
+type groups struct {
+	socket func() string // path of seafile.sock, "" if there is none
+	paths  []string      // where it may be, for an error
+	turns  chan struct{} // holds a value for each question that is being asked
+
+	mu     sync.Mutex // guards asking
+	asking map[int64]*question
+}
+
+// A question is one that several events can wait for.
+type question struct {
+	sent    bool          // guarded by groups.mu: seaf-server may have read its database
+	done    chan struct{} // closed when the fields below are there
+	members map[string]bool
+	err     error
+}
+
+func newGroups(socket func() string, paths []string) *groups {
+	return &groups{
+		socket: socket,
+		paths:  paths,
+		turns:  make(chan struct{}, maxQuestions),
+		asking: map[int64]*question{},
+	}
+}
+
+// members returns the user names of a group's members. It waits for its turn and for the
+// answer until ctx is done. About one group there is one question at a time, and one that
+// waits for its turn is shared: an answer that was on its way when an event came may be older
+// than the event. An error means that the members are not known.
+func (g *groups) members(ctx context.Context, group int64) (map[string]bool, error) {
+	for {
+		q, mine, fresh := g.join(group)
+		if mine {
+			g.answer(ctx, group, q)
+			return q.members, q.err
+		}
+		select {
+		case <-q.done:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("seaf-server did not answer in time: %w", ctx.Err())
+		}
+		// Who asked may have had less time left.
+		ranOut := errors.Is(q.err, context.DeadlineExceeded) && ctx.Err() == nil
+		if fresh && !ranOut {
+			return q.members, q.err
+		}
+	}
+}
+
+// join returns the question about a group. It is the caller's to ask if there was none, and
+// fresh if seaf-server cannot have read its database for it yet.
+func (g *groups) join(group int64) (q *question, mine, fresh bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if q := g.asking[group]; q != nil {
+		return q, false, !q.sent
+	}
+	q = &question{done: make(chan struct{})}
+	g.asking[group] = q
+	return q, true, true
+}
+
+// answer asks q, and gives the answer to all who wait for it.
+func (g *groups) answer(ctx context.Context, group int64, q *question) {
+	defer func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		delete(g.asking, group)
+		close(q.done)
+	}()
+	q.err = errors.New("a bug in this server: see the log")
+	q.members, q.err = g.ask(ctx, group, q)
+}
+
+// markSent says that seaf-server may answer q from now on.
+func (g *groups) markSent(q *question) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	q.sent = true
+}
+
+// ask asks seaf-server, when it is its turn.
+func (g *groups) ask(ctx context.Context, group int64, q *question) (map[string]bool, error) {
+	select {
+	case g.turns <- struct{}{}:
+		defer func() { <-g.turns }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("too many questions wait for seaf-server: %w", ctx.Err())
+	}
+	socket := g.socket()
+	if socket == "" {
+		return nil, fmt.Errorf("there is no %s: %w", strings.Join(g.paths, ", nor "), errNoSocket)
+	}
+	conn, err := dialSeafServer(ctx, socket)
+	if err != nil {
+		return nil, fmt.Errorf("cannot ask seaf-server: %w: "+
+			"is it running, and may this user open its socket?", err)
+	}
+	defer conn.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		conn.SetDeadline(deadline)
+	}
+	g.markSent(q)
+	if err := writeQuestion(conn, group); err != nil {
+		return nil, fmt.Errorf("asked on %s: %w", socket, timedOut(err))
+	}
+	members, err := readMembers(conn)
+	if err != nil && !errors.Is(err, errUnknownGroup) {
+		return nil, fmt.Errorf("asked on %s: %w", socket, timedOut(err))
+	}
 	return members, err
 }
 
-// readMembers reads the reply: a little-endian length of 4 bytes, then JSON.
-func readMembers(r io.Reader) (_ map[string]bool, err error) {
-	defer catch(&err)
+// dialSeafServer connects to seaf-server's socket. Versions 10 and 11 have a backlog of 10; when
+// that is full, connect fails at once with EAGAIN although seaf-server is well.
+func dialSeafServer(ctx context.Context, socket string) (net.Conn, error) {
+	for {
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, "unix", socket)
+		if !errors.Is(err, syscall.EAGAIN) {
+			return conn, err
+		}
+		select {
+		case <-time.After(connectRetry):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", err, ctx.Err())
+		}
+	}
+}
+
+// timedOut makes the error of a connection's deadline that of a context's.
+func timedOut(err error) error {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("%w: %w", err, context.DeadlineExceeded)
+	}
+	return err
+}
+
+// failureKind names the cause of an error of members, in a bounded set of words.
+func failureKind(err error) string {
+	switch {
+	case errors.Is(err, errUnknownGroup):
+		return "unknown group"
+	case errors.Is(err, errNoSocket):
+		return "no socket"
+	case errors.Is(err, context.DeadlineExceeded):
+		return "no answer in time"
+	}
+	return "bad answer"
+}
+
+// writeQuestion writes the request: a little-endian length of 4 bytes, then JSON, with the
+// call as JSON in a string. The arguments are group ID, start and limit (-1, -1: all).
+func writeQuestion(w io.Writer, group int64) error {
+	request := make([]byte, 4)
+	request = fmt.Appendf(request, `{"service":"seafserv-threaded-rpcserver",`+
+		`"request":"[\"get_group_members\", %d, -1, -1]"}`, group)
+	binary.LittleEndian.PutUint32(request, uint32(len(request)-4))
+	_, err := w.Write(request)
+	return err
+}
+
+// readMembers reads the reply to writeQuestion's request, in the same form.
+func readMembers(r io.Reader) (map[string]bool, error) {
+	data, err := readReply(r)
+	if err != nil {
+		return nil, err
+	}
 	var reply struct {
 		Ret []struct {
 			Name string `json:"user-name"`
@@ -1179,321 +4115,1137 @@ func readMembers(r io.Reader) (_ map[string]bool, err error) {
 		Code int    `json:"err_code"`
 		Text string `json:"err_msg"`
 	}
-	var size uint32
-	headless := binary.Read(r, binary.LittleEndian, &size)
-	failIf(size > maxReplyBytes, "seaf-server's answer cannot have %d bytes", size)
-	data := make([]byte, size)
-	err = cmp.Or(headless, binary.Read(r, binary.LittleEndian, data), json.Unmarshal(data, &reply)) // a short read is an error
-	failIf(err != nil, "seaf-server does not answer as it should: %v", err)
-	failIf(reply.Code != 0 || reply.Text != "", "seaf-server answers with error %d, %q", reply.Code, reply.Text)
-	if reply.Ret == nil { // null means not known, never nobody
+	if err := json.Unmarshal(data, &reply); err != nil {
+		return nil, fmt.Errorf("seaf-server does not answer as it should: %w", err)
+	}
+	if reply.Code != 0 || reply.Text != "" {
+		return nil, fmt.Errorf("seaf-server answers with error %d, %q", reply.Code, reply.Text)
+	}
+	if reply.Ret == nil {
 		return nil, errUnknownGroup
 	}
 	members := make(map[string]bool, len(reply.Ret))
 	for _, user := range reply.Ret {
-		failIf(user.Name == "", "seaf-server names a member without a user-name")
+		if user.Name == "" {
+			return nil, errors.New("seaf-server names a member without a user-name")
+		}
 		members[user.Name] = true
 	}
 	return members, nil
 }
 
-// ---- Self-check ----
+// readReply reads the length and the JSON of a reply. Memory is taken as the bytes come.
+func readReply(r io.Reader) ([]byte, error) {
+	var size uint32
+	if err := binary.Read(r, binary.LittleEndian, &size); err != nil {
+		return nil, fmt.Errorf("seaf-server does not answer: %w", err)
+	}
+	if size > maxReplySize {
+		return nil, fmt.Errorf("seaf-server's answer cannot have %d bytes", size)
+	}
+	var data bytes.Buffer
+	if _, err := io.CopyN(&data, r, int64(size)); err != nil {
+		return nil, fmt.Errorf("seaf-server's answer breaks off: %w", err)
+	}
+	return data.Bytes(), nil
+}
 
-// runCheck does what seaf-server and a client do, prints a line for each step, and returns the exit status.
-func runCheck(dir string, urls []string, getenv func(string) string, stdout io.Writer) (status int) {
-	log.SetOutput(io.Discard)               // net/http's remarks on a service that speaks no HTTP
-	end := time.Now().Add(14 * time.Second) // group members are asked in less than 1 s more
-	ctx, cancel := context.WithDeadline(context.Background(), end)
+// ---- Self-check ----
+//
+// What -check does: it acts as seaf-server and as a client towards a server that runs, and
+// says of each step whether it works, and if not, why and what to do. Each step is a method
+// of checker that returns what to say; checker.print alone writes. It uses the rooms above for
+// the configuration, to sign tokens and to ask for group members, and has no lock and no
+// goroutine of its own. It ends within 15 s.
+
+// checkAgent is the User-Agent of -check. By it the server knows that what it refuses is no
+// cause for a warning.
+const checkAgent = "notification-server -check"
+
+const (
+	checkTime     = 14 * time.Second       // for all steps but the question for group members
+	answerTime    = 4 * time.Second        // for one answer
+	membersTime   = 800 * time.Millisecond // for seaf-server to say who is in a group
+	checkLifetime = 5 * time.Minute        // of the tokens, as of seaf-server's
+	clockLimit    = time.Minute            // by which the server's clock may differ
+	maxAnswer     = 64 << 10               // bytes read of an answer
+)
+
+// A checker is one run of -check.
+type checker struct {
+	path     string // as given with -c
+	getenv   func(string) string
+	out      io.Writer
+	client   *http.Client
+	cfg      *config
+	urls     []string          // by which clients come, one for each server, without a slash at the end
+	own      string            // URL of the server that cfg describes
+	events   string            // URL to which senders post
+	repoID   string            // random, so that no real client is disturbed
+	sessions []*websocket.Conn // one for each of urls
+	took     time.Duration     // from posting the event until it came everywhere
+	notes    []string          // lines to print below the step that runs
+	good     map[string]bool   // steps that worked
+	failed   bool
+}
+
+// A checkStep is one line of the output, or a few.
+type checkStep struct {
+	name  string
+	needs string // a step that must have worked before, or ""
+	try   func(ctx context.Context) (string, error)
+}
+
+// runCheck checks the server that the configuration in path describes, at the URLs by which
+// clients come, or directly when there are none. It returns the exit status: 0 if
+// notifications work, 1 if not.
+func runCheck(path string, urls []string, getenv func(string) string, stdout io.Writer) int {
+	log.SetOutput(io.Discard) // net/http's remarks on a service that speaks no HTTP
+	ctx, cancel := context.WithTimeout(context.Background(), checkTime)
 	defer cancel()
-	done := map[string]bool{"": true}
-	step := func(name, needs string, try func() string) {
-		mark, text, err := "-", "not tried, since a step before it failed", error(nil)
-		if done[needs] {
-			mark = "✓"
-			func() { defer catch(&err); text = try() }()
+	c := newChecker(path, urls, getenv, stdout)
+	defer c.close()
+	for _, step := range []checkStep{
+		{"configuration", "", c.configuration},
+		{"senders", "configuration", c.senders},
+		{"ping", "configuration", c.ping},
+		{"upgrade", "ping", c.upgrade},
+		{"subscription", "upgrade", c.subscription},
+		{"event", "subscription", c.event},
+		{"forgery", "ping", c.forgery},
+		{"group members", "configuration", c.groupMembers},
+		{"connection", "event", c.connection},
+	} {
+		c.run(ctx, step)
+	}
+	if c.failed {
+		c.print("It does not work: the first cross says why.")
+		return 1
+	}
+	c.print("It works: a notification takes %v.", c.took)
+	return 0
+}
+
+func newChecker(path string, urls []string, getenv func(string) string, stdout io.Writer) *checker {
+	c := &checker{
+		path:   path,
+		getenv: getenv,
+		out:    stdout,
+		repoID: rand.Text(),
+		good:   map[string]bool{"": true},
+	}
+	for _, url := range urls {
+		c.urls = append(c.urls, trimPing(url))
+	}
+	c.client = &http.Client{
+		Timeout: answerTime,
+		// HTTP/1.1, as clients speak it, and not through a proxy of the environment's.
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{}},
+		CheckRedirect: func(*http.Request, []*http.Request) error {
+			return http.ErrUseLastResponse // clients and seaf-server follow none
+		},
+	}
+	return c
+}
+
+// trimPing returns a URL without a slash or /ping at its end.
+func trimPing(url string) string {
+	return strings.TrimSuffix(strings.TrimRight(url, "/"), "/ping")
+}
+
+// run does a step and prints a line for what it found, or for each line of its error, and its
+// notes below.
+func (c *checker) run(ctx context.Context, step checkStep) {
+	if !c.good[step.needs] {
+		c.print("- %s: not tried, since a step before it failed", step.name)
+		return
+	}
+	c.notes = nil
+	text, err := step.try(ctx)
+	if err == nil {
+		c.good[step.name] = true
+		c.print("✓ %s: %s", step.name, text)
+	} else {
+		c.failed = true
+		for fault := range strings.Lines(err.Error()) {
+			c.print("✗ %s: %s", step.name, strings.TrimSpace(fault))
+		}
+	}
+	for _, note := range c.notes {
+		c.print("  %s", note)
+	}
+}
+
+// print is the one place that writes.
+func (c *checker) print(format string, args ...any) {
+	fmt.Fprintf(c.out, format+"\n", args...)
+}
+
+func (c *checker) close() {
+	for _, ws := range c.sessions {
+		ws.Close()
+	}
+	c.client.CloseIdleConnections()
+}
+
+// configuration loads the configuration and finds the URLs.
+func (c *checker) configuration(context.Context) (string, error) {
+	cfg, err := loadConfig(c.path, c.getenv)
+	if err != nil {
+		return "", err
+	}
+	if !cfg.enabled {
+		return "", fmt.Errorf("%s says enabled = false: the server does not run", cfg.file)
+	}
+	c.cfg = cfg
+	c.own = "http://" + net.JoinHostPort(reachable(cfg.host), cfg.port)
+	c.events = c.senderURL() + "/events"
+	if len(c.urls) == 0 {
+		c.urls = []string{c.own}
+	}
+	for _, warning := range cfg.warnings {
+		c.notes = append(c.notes, "WARNING: "+warning)
+	}
+	return cfg.source, nil
+}
+
+// senders says what the programs that post events need, by the way of configuration that was
+// found, and whether what can be seen of it from here is right. It sends nothing.
+func (c *checker) senders(context.Context) (string, error) {
+	if len(c.cfg.faults) > 0 {
+		return "", errors.New(strings.Join(c.cfg.faults, "\n"))
+	}
+	if c.cfg.senders.environmentAlone {
+		return c.sendersByEnvironment()
+	}
+	url := c.fileURL()
+	c.noteElsewhere(url)
+	return fmt.Sprintf("Seafile 10 to 12, by file: seaf-server needs enabled = true, host and port "+
+		"in [notification] of %s; it posts to %s", c.cfg.file, url), nil
+}
+
+// sendersByEnvironment is for Seafile 12 to 14. The variables are those of the senders, which
+// may run elsewhere: one that is not set here says nothing.
+func (c *checker) sendersByEnvironment() (string, error) {
+	enable, inner := c.cfg.senders.enableVariable, c.cfg.senders.innerURL
+	var faults []error
+	if enable != "" && enable != "true" {
+		faults = append(faults, fmt.Errorf("environment variable ENABLE_NOTIFICATION_SERVER is %q: "+
+			"seaf-server posts no events with that: set it to true, and restart Seafile", enable))
+	}
+	if inner != "" && !isHTTP(inner) {
+		faults = append(faults, fmt.Errorf("environment variable INNER_NOTIFICATION_SERVER_URL is %q: "+
+			"no URL to which seaf-server can post: write it as http://notification-server:%s",
+			inner, c.cfg.port))
+	}
+	if faults != nil {
+		return "", errors.Join(faults...)
+	}
+	if inner != "" {
+		c.noteElsewhere(inner)
+	}
+	return fmt.Sprintf("Seafile 12 to 14, by environment: in 13 and 14 seaf-server needs "+
+		"ENABLE_NOTIFICATION_SERVER=true (here: %s) and "+
+		"INNER_NOTIFICATION_SERVER_URL=http://HOST:%s (here: %s); "+
+		"in 12 it needs enabled = true, host and port in [notification] of seafile.conf",
+		cmp.Or(enable, "not set"), c.cfg.port, cmp.Or(inner, "not set")), nil
+}
+
+// fileURL is where seaf-server 10 to 12 posts by seafile.conf. It takes host as it is written.
+func (c *checker) fileURL() string {
+	return fmt.Sprintf("http://%s:%d", c.cfg.senders.host, c.cfg.senders.port)
+}
+
+// noteElsewhere notes it if senders post to a URL at which this server does not listen.
+func (c *checker) noteElsewhere(url string) {
+	if c.isListenedAt(url) {
+		return
+	}
+	c.notes = append(c.notes, fmt.Sprintf("note: senders post to %s, but the server listens on %s: "+
+		"events get lost unless something there passes them on",
+		url, net.JoinHostPort(c.cfg.host, c.cfg.port)))
+}
+
+// isListenedAt reports whether a URL leads to the address on which the server listens, as far
+// as can be told without DNS. What has a path or is https leads to a proxy.
+func (c *checker) isListenedAt(url string) bool {
+	u, err := neturl.Parse(url)
+	if err != nil {
+		return false
+	}
+	if u.Scheme == "https" || strings.Trim(u.Path, "/") != "" {
+		return true
+	}
+	if cmp.Or(u.Port(), "80") != c.cfg.port {
+		return false
+	}
+	listens, posts := net.ParseIP(reachable(c.cfg.host)), net.ParseIP(reachable(u.Hostname()))
+	return listens == nil || posts == nil || listens.Equal(posts) ||
+		net.ParseIP(c.cfg.host).IsUnspecified()
+}
+
+// isHTTP reports whether url is an absolute URL of HTTP.
+func isHTTP(url string) bool {
+	u, err := neturl.Parse(url)
+	return err == nil && u.Host != "" && (u.Scheme == "http" || u.Scheme == "https")
+}
+
+// senderURL is where the senders post, as far as it can be seen, or else c.own.
+func (c *checker) senderURL() string {
+	s := c.cfg.senders
+	switch {
+	case s.innerURL != "":
+		return strings.TrimRight(s.innerURL, "/")
+	case s.host != "" && s.port != 0:
+		return c.fileURL()
+	}
+	return c.own
+}
+
+// reachable returns an address at which a server is reached that listens on host.
+func reachable(host string) string {
+	switch host {
+	case "0.0.0.0", "localhost":
+		return "127.0.0.1"
+	case "::":
+		return "::1"
+	}
+	return host
+}
+
+// ping asks as a client does when it starts.
+func (c *checker) ping(ctx context.Context) (string, error) {
+	var asked []string
+	for _, url := range c.urls {
+		if err := c.pingOne(ctx, url+"/ping"); err != nil {
+			return "", err
+		}
+		asked = append(asked, url+"/ping")
+	}
+	return strings.Join(asked, ", ") + " answers pong", nil
+}
+
+func (c *checker) pingOne(ctx context.Context, url string) error {
+	a, err := c.ask(ctx, "GET", url, "", http.Header{})
+	if err != nil {
+		return err
+	}
+	if err := c.answeredByProxy(a); err != nil {
+		return err
+	}
+	switch {
+	case a.status == http.StatusBadRequest && strings.Contains(a.text, "HTTPS"):
+		return fmt.Errorf("%s answers 400, since that port speaks TLS: "+
+			"give the URL with https://", url)
+	case a.status == http.StatusUnauthorized || a.status == http.StatusForbidden:
+		return fmt.Errorf("%s answers %d: the proxy asks for a password, or blocks it: "+
+			"let it do neither for /notification, since clients have no password to give", url, a.status)
+	case a.isPage():
+		return fmt.Errorf("%s answers %d with a web page: Seahub or another service answers: "+
+			"the proxy's rule for /notification is missing, or comes after the one for /", url, a.status)
+	case !strings.Contains(a.text, `"pong"`):
+		return fmt.Errorf("%s answers %d, but not pong: another service listens there: "+
+			"correct host and port, here or in the proxy's rule", url, a.status)
+	}
+	date, err := http.ParseTime(a.date)
+	if difference := time.Since(date); err == nil && difference.Abs() >= clockLimit {
+		return fmt.Errorf("%s answers pong, but its clock differs from this machine's by %v, "+
+			"and tokens expire by it: set both by NTP", url, difference.Round(time.Second))
+	}
+	return nil
+}
+
+// upgrade opens a WebSocket as the desktop client does, and as a browser does.
+func (c *checker) upgrade(ctx context.Context) (string, error) {
+	for _, url := range c.urls {
+		err := c.upgradeOne(ctx, url, "the desktop client", "Sec-Websocket-Protocol", subprotocol)
+		if err == nil {
+			err = c.upgradeOne(ctx, url, "a browser", "Origin", "https://cloud.example.com")
 		}
 		if err != nil {
-			mark, text, status = "✗", err.Error(), 1
+			return "", err
 		}
-		done[name] = mark == "✓"
-		fmt.Fprintf(stdout, "%s %s: %s\n", mark, name, text)
 	}
-	var cfg *config
-	var own, events string // the URLs of the server that cfg describes, and to which seaf-server posts
-	var sessions []*websocket.Conn
-	var took time.Duration
-	id := rand.Text() // of a library: random, so that no real client is disturbed
-	step("configuration", "", func() string {
-		cfg = loadConfig(dir, getenv)
-		failIf(!cfg.enabled, "%s says enabled = false: the server does not run", cfg.file)
-		own = "http://" + net.JoinHostPort(strings.Replace(cfg.host, "0.0.0.0", "127.0.0.1", 1), cfg.port)
-		events = strings.TrimRight(cmp.Or(getenv("INNER_NOTIFICATION_SERVER_URL"), own), "/") + "/events"
-		if len(urls) == 0 {
-			urls = []string{own}
-		}
-		return strings.Join(append([]string{cfg.source}, cfg.warnings...), "; WARNING: ")
-	})
-	step("ping", "configuration", func() string {
-		for _, url := range urls {
-			url = strings.TrimRight(url, "/") + "/ping"
-			answer, text := ask(ctx, own, "GET", url, "", nil)
-			failIf(answer.StatusCode == 400 && strings.Contains(text, "HTTPS"), "%s answers 400, since that port speaks TLS: give the URL with https://", url)
-			failIf(answer.StatusCode == 401 || answer.StatusCode == 403, "%s answers %d: the proxy asks for a password, or blocks it: clients have none to give for /notification", url, answer.StatusCode)
-			failIf(strings.Contains(text, "<html"), "%s answers %d with a web page: Seahub or another service answers: the proxy's rule for /notification is missing, or stands behind the one for /", url, answer.StatusCode)
-			failIf(!strings.Contains(text, `"pong"`), "%s answers %d, but not pong: another service listens there: correct host and port, here or in the proxy's rule", url, answer.StatusCode)
-			date, err := http.ParseTime(answer.Header.Get("Date"))
-			failIf(err == nil && time.Since(date).Abs() >= time.Minute, "%s answers pong, but its clock differs from this machine's by %v, and tokens run out by it: set both by NTP", url, time.Since(date).Round(time.Second))
-		}
-		return strings.Join(urls, "/ping, ") + "/ping answers pong"
-	})
-	step("upgrade", "ping", func() string {
-		for _, url := range urls {
-			for _, as := range [][3]string{{"the desktop client", "Sec-Websocket-Protocol", subprotocol}, {"a browser", "Origin", "https://cloud.example.com"}} {
-				answer, _ := ask(ctx, own, "GET", url, "", http.Header{"Connection": {"Upgrade"}, "Upgrade": {"websocket"},
-					"Sec-Websocket-Version": {"13"}, "Sec-Websocket-Key": {base64.StdEncoding.EncodeToString([]byte(id[:16]))}, as[1]: {as[2]}})
-				failIf(answer.StatusCode != 101, "as %s: %s answers %d, not 101: the proxy must pass on the headers Upgrade and Connection, by HTTP/1.1", as[0], url, answer.StatusCode)
-			}
-		}
-		return "goes through, for the desktop client and for a browser"
-	})
-	token := func(username string) string { // signed as by seaf-server
-		enc := base64.RawURLEncoding
-		claims := fmt.Appendf(nil, `{"exp":%d,"repo_id":%q,"username":%q}`, time.Now().Add(5*time.Minute).Unix(), id, username)
-		text := enc.EncodeToString([]byte(`{"alg":"HS256","typ":"JWT"}`)) + "." + enc.EncodeToString(claims)
-		mac := hmac.New(sha256.New, cfg.key)
-		mac.Write([]byte(text))
-		return text + "." + enc.EncodeToString(mac.Sum(nil))
-	}
-	receive := func(ws *websocket.Conn) (text string) {
-		ws.SetReadDeadline(time.Now().Add(min(answerTime, time.Until(end))))
-		websocket.Message.Receive(ws, &text)
-		return text
-	}
-	subscribe := func(ws *websocket.Conn) string { // the answer is to the broken one, since a good subscription has none
-		fmt.Fprintf(ws, `{"type":"subscribe","content":{"repos":[{"id":%q,"jwt_token":%q},{"id":"broken","jwt_token":"x.y.z"}]}}`, id, token("check@example.com"))
-		return receive(ws)
-	}
-	step("subscription", "upgrade", func() string {
-		for _, url := range urls {
-			config, _ := websocket.NewConfig("ws"+strings.TrimPrefix(url, "http"), url) // ask has parsed it
-			ws, err := config.DialContext(ctx)
-			failIf(err != nil, "%s: %v: no WebSocket in time, though an upgrade went through before: see the server's log", url, err)
-			ws.SetWriteDeadline(end)
-			sessions = append(sessions, ws)
-			answer := subscribe(ws)
-			failIf(!strings.Contains(answer, "jwt-expired"), "%s answers %.60q to a broken token, not jwt-expired: another service listens there: correct host and port, here or in the proxy's rule", url, answer)
-			failIf(strings.Contains(answer, id), "%s refuses a token signed with this key: the running server has another jwt_private_key (restart Seafile, so that all its programs read the same one), or its clock is ahead by minutes: see its log", url)
-		}
-		return "a good token is accepted, a broken one is answered jwt-expired"
-	})
-	post := func(username string, want int) {
-		body := fmt.Sprintf(`{"type":"repo-update","content":{"repo_id":%q,"commit_id":"check"}}`, id)
-		answer, text := ask(ctx, own, "POST", events, body, http.Header{"Authorization": {"Token " + token(username)}})
-		failIf(answer.StatusCode == 401, "%s answers 401: %.300q", events, text)
-		failIf(want != 200 && strings.Contains(text, "pong"), "%s: the first server of the cluster, which decides on events, is down, and another answered in its place: start it", events)
-		failIf(answer.StatusCode != want, "%s answers %d to this event, not %d: another service, or the server that Seafile ships, listens there", events, answer.StatusCode, want)
-	}
-	step("event", "subscription", func() string {
-		start := time.Now()
-		post("", 200)
-		for i, ws := range sessions {
-			failIf(!strings.Contains(receive(ws), id), "posted to %s and answered 200, but it did not come back over %s: they lead to different servers (in a cluster: nginx does not mirror events to it)", events, urls[i])
-		}
-		took = time.Since(start).Round(100 * time.Microsecond)
-		return fmt.Sprintf("posted to %s, it arrived after %v", events, took)
-	})
-	step("forgery", "ping", func() string {
-		post("check@example.com", 403)
-		return "an event posted with a client's token is refused"
-	})
-	step("group members", "configuration", func() string {
-		if _, err := cfg.askMembers(1); err != nil && !errors.Is(err, errUnknownGroup) {
-			return fmt.Sprintf("note: %v. Until then, when a folder's permission changes for a group, the library's clients reconnect and ask for everything anew", err)
-		}
-		return "seaf-server answers on " + cfg.socket()
-	})
-	step("connection", "event", func() string {
-		for i, ws := range sessions {
-			if w, err := ws.NewFrameWriter(websocket.PingFrame); err == nil {
-				w.Write([]byte("check"))
-			}
-			answer := subscribe(ws)
-			failIf(strings.Contains(answer, id), "%s: the event came twice, or a forged one came: nginx mirrors it twice to this server, or it is not this server", urls[i])
-			failIf(!strings.Contains(answer, "broken"), "%s: no answer behind a ping: the proxy closes connections early", urls[i])
-			ws.Close()
-		}
-		return "still there after a ping"
-	})
-	fmt.Fprintln(stdout, [...]string{fmt.Sprintf("It works: a notification takes %v.", took), "It does not work: the first cross says why."}[status])
-	return status
+	return "goes through, for the desktop client and for a browser", nil
 }
 
-const answerTime = 4 * time.Second // for one answer to ask or subscribe
+// upgradeOne sends an upgrade with the header that tells what kind of client asks.
+func (c *checker) upgradeOne(ctx context.Context, url, kind, name, value string) error {
+	a, err := c.ask(ctx, "GET", url, "", http.Header{
+		"Connection":            {"Upgrade"},
+		"Upgrade":               {"websocket"},
+		"Sec-Websocket-Version": {"13"},
+		"Sec-Websocket-Key":     {base64.StdEncoding.EncodeToString([]byte(c.repoID[:16]))},
+		name:                    {value},
+	})
+	if err != nil {
+		return err
+	}
+	pageInstead := a.status == http.StatusOK && a.isPage()
+	if a.status == http.StatusNotFound || a.redirectsElsewhere() || pageInstead {
+		return fmt.Errorf("%s answers %d, although %s/ping goes through: "+
+			"the proxy's rule lets only what is below /notification through: write it for /notification, too "+
+			"(Caddy: handle_path /notification* instead of handle_path /notification/*)", url, a.status, url)
+	}
+	if err := c.answeredByProxy(a); err != nil {
+		return err
+	}
+	if a.status != http.StatusSwitchingProtocols {
+		return fmt.Errorf("as %s: %s answers %d, not 101: the proxy must pass on "+
+			"the headers Upgrade and Connection, by HTTP/1.1", kind, url, a.status)
+	}
+	return nil
+}
 
-// ask sends a request, and says why there is no answer, or one that can only be a proxy's own.
-func ask(ctx context.Context, own, method, url, body string, header http.Header) (*http.Response, string) {
+// subscription subscribes to a library with a good token and to another with a broken one.
+// The server answers only the broken one.
+func (c *checker) subscription(ctx context.Context) (string, error) {
+	for _, url := range c.urls {
+		ws, err := dial(ctx, url)
+		if err != nil {
+			return "", fmt.Errorf("%s: %w: no WebSocket, although an upgrade went through before: "+
+				"see the server's log", url, err)
+		}
+		c.sessions = append(c.sessions, ws)
+		claims := fmt.Sprintf(`{"exp":%d,"repo_id":%q,"username":"check@example.com"}`, expiry(), c.repoID)
+		fmt.Fprintf(ws, `{"type":"subscribe","content":{"repos":[{"id":%q,"jwt_token":%q},%s]}}`,
+			c.repoID, sign(c.cfg.key, claims), brokenRepo)
+		answer := receive(ctx, ws)
+		switch {
+		case !strings.Contains(answer, "jwt-expired"):
+			return "", fmt.Errorf("%s answers %.60q to a broken token, not jwt-expired: "+
+				"another service listens there: correct host and port, here or in the proxy's rule", url, answer)
+		case strings.Contains(answer, c.repoID):
+			return "", fmt.Errorf("%s refuses a token signed with this key: "+
+				"the running server has another jwt_private_key (restart Seafile, so that all its programs "+
+				"read the same one), or its clock is ahead by minutes: see its log", url)
+		}
+	}
+	return "a good token is accepted, a broken one is answered jwt-expired", nil
+}
+
+// brokenRepo asks for a library with a token that no server accepts. Its answer shows that
+// all before it was handled.
+const brokenRepo = `{"id":"broken","jwt_token":"x.y.z"}`
+
+// dial opens a WebSocket as a browser does: desktop clients are told an update twice.
+func dial(ctx context.Context, url string) (*websocket.Conn, error) {
+	cfg, err := websocket.NewConfig("ws"+strings.TrimPrefix(url, "http"), url)
+	if err != nil {
+		return nil, err
+	}
+	cfg.Header.Set("User-Agent", checkAgent)
+	ws, err := cfg.DialContext(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ws.MaxPayloadBytes = maxAnswer
+	end, _ := ctx.Deadline()
+	ws.SetWriteDeadline(end)
+	return ws, nil
+}
+
+// receive returns the next message, or "" if none comes in time.
+func receive(ctx context.Context, ws *websocket.Conn) string {
+	deadline := time.Now().Add(answerTime)
+	if end, _ := ctx.Deadline(); end.Before(deadline) {
+		deadline = end
+	}
+	ws.SetReadDeadline(deadline)
+	var text string
+	if err := websocket.Message.Receive(ws, &text); err != nil {
+		return ""
+	}
+	return text
+}
+
+// expiry is when the tokens of -check expire, in Unix seconds.
+func expiry() int64 { return time.Now().Add(checkLifetime).Unix() }
+
+// event posts an event as seaf-server does; it must come to each subscription.
+func (c *checker) event(ctx context.Context) (string, error) {
+	start := time.Now()
+	a, err := c.post(ctx, fmt.Sprintf(`{"exp":%d}`, expiry()))
+	if err != nil {
+		return "", err
+	}
+	if a.status != http.StatusOK {
+		return "", fmt.Errorf("%s answers %d to an event, not 200: %.300q: "+
+			"another service, or the server that Seafile ships, listens there", c.events, a.status, a.text)
+	}
+	for i, ws := range c.sessions {
+		if !strings.Contains(receive(ctx, ws), c.repoID) {
+			return "", fmt.Errorf("posted to %s and answered 200, but it did not come back over %s: "+
+				"they lead to different servers (in a cluster: nginx does not mirror events to it)",
+				c.events, c.urls[i])
+		}
+	}
+	c.took = time.Since(start).Round(100 * time.Microsecond)
+	return fmt.Sprintf("posted to %s, it arrived after %v", c.events, c.took), nil
+}
+
+// forgery posts events with tokens that the same key signs, but not for events.
+func (c *checker) forgery(ctx context.Context) (string, error) {
+	for _, forged := range []struct{ token, claims string }{
+		{"a client's token", fmt.Sprintf(
+			`{"exp":%d,"repo_id":%q,"username":"check@example.com"}`, expiry(), c.repoID)},
+		// Seahub gives this one to visitors without an account. Real ones are valid for 3
+		// days; this one for minutes, so that it is not refused for that alone.
+		{"a document's token", fmt.Sprintf(
+			`{"file_uuid":"00000000-0000-4000-8000-000000000000","filename":"check.sdoc","username":"",`+
+				`"name":"","avatar_url":"","permission":"r","default_title":"","exp":%d}`, expiry())},
+	} {
+		a, err := c.post(ctx, forged.claims)
+		switch {
+		case err != nil:
+			return "", err
+		case a.status == http.StatusForbidden:
+		case strings.Contains(a.text, "pong"):
+			return "", fmt.Errorf("%s: the first server of the cluster, which decides on events, is down, "+
+				"and another one answered in its place: start it", c.events)
+		default:
+			return "", fmt.Errorf("%s answers %d to an event posted with %s, not 403, so such events can be "+
+				"forged: another service, or the server that Seafile ships, listens there",
+				c.events, a.status, forged.token)
+		}
+	}
+	return "an event posted with a client's token, or with a document's, is refused", nil
+}
+
+// post posts an event with a token of these claims. An error means that no notification
+// server answered, or one with another key.
+func (c *checker) post(ctx context.Context, claims string) (*checkAnswer, error) {
+	body := fmt.Sprintf(`{"type":"repo-update","content":{"repo_id":%q,"commit_id":"check"}}`, c.repoID)
+	a, err := c.ask(ctx, "POST", c.events, body, http.Header{
+		"Authorization": {"Token " + sign(c.cfg.key, claims)},
+		"Content-Type":  {"application/json"},
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := c.answeredByProxy(a); err != nil {
+		return nil, err
+	}
+	if a.status == http.StatusUnauthorized {
+		return nil, fmt.Errorf("%s answers 401: %.300q", c.events, a.text)
+	}
+	return a, nil
+}
+
+// groupMembers asks seaf-server who is in a group. Only Seafile Pro has permissions of
+// folders, so that it does not answer is no fault.
+func (c *checker) groupMembers(context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), membersTime)
+	defer cancel()
+	g := newGroups(c.cfg.seafileSocket, c.cfg.sockets)
+	if _, err := g.members(ctx, 1); err != nil && !errors.Is(err, errUnknownGroup) {
+		return fmt.Sprintf("note: %v. Until then, when a folder's permission changes for a group, "+
+			"the library's clients reconnect and ask for everything anew", err), nil
+	}
+	return "seaf-server answers on " + c.cfg.seafileSocket(), nil
+}
+
+// connection shows that the connections are still open, and that the event came once.
+func (c *checker) connection(ctx context.Context) (string, error) {
+	for i, ws := range c.sessions {
+		if w, err := ws.NewFrameWriter(websocket.PingFrame); err == nil {
+			w.Write([]byte("check")) // an error shows in the answer
+		}
+		fmt.Fprintf(ws, `{"type":"subscribe","content":{"repos":[%s]}}`, brokenRepo)
+		answer := receive(ctx, ws)
+		switch {
+		case strings.Contains(answer, c.repoID):
+			return "", fmt.Errorf("%s: the event came twice, or a forged one came: "+
+				"nginx mirrors it twice to this server, or it is not this server", c.urls[i])
+		case !strings.Contains(answer, "broken"):
+			return "", fmt.Errorf("%s: no answer after a ping: the proxy closes connections early", c.urls[i])
+		}
+	}
+	return "still open after a ping", nil
+}
+
+// A checkAnswer is an answer to one request of -check.
+type checkAnswer struct {
+	url      *neturl.URL // that was asked
+	status   int
+	date     string
+	location *neturl.URL // where it redirects to, or nil
+	text     string      // of the body, at most maxAnswer bytes
+}
+
+// isPage reports whether the body is a page for people.
+func (a *checkAnswer) isPage() bool { return strings.Contains(a.text, "<html") }
+
+// redirectsElsewhere reports whether it redirects to another path, a slash at the end aside.
+func (a *checkAnswer) redirectsElsewhere() bool {
+	return a.location != nil &&
+		strings.TrimRight(a.location.Path, "/") != strings.TrimRight(a.url.Path, "/")
+}
+
+// ask sends a request. An error says why there is no answer.
+func (c *checker) ask(
+	ctx context.Context, method, url, body string, header http.Header,
+) (*checkAnswer, error) {
 	r, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
-	failIf(err != nil || r.URL.Host == "" || !strings.HasPrefix(url, "http"), "%q is no URL as https://cloud.example.com/notification", url)
+	if err != nil || !isHTTP(url) {
+		return nil, fmt.Errorf("%q is no URL as https://cloud.example.com/notification", url)
+	}
 	r.Header = header
-	transport := &http.Transport{TLSClientConfig: &tls.Config{}} // no proxy of the environment's, and HTTP/1.1
-	answer, err := (&http.Client{Timeout: answerTime, Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}).Do(r)
+	r.Header.Set("User-Agent", checkAgent)
+	response, err := c.client.Do(r)
+	if err != nil {
+		return nil, explainNoAnswer(ctx, url, err)
+	}
+	defer response.Body.Close()
+	a := &checkAnswer{url: r.URL, status: response.StatusCode, date: response.Header.Get("Date")}
+	if a.status == http.StatusSwitchingProtocols {
+		return a, nil
+	}
+	if to, err := response.Location(); err == nil && a.status > 300 && a.status < 400 {
+		a.location = to
+	}
+	text, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
+	if err != nil {
+		return nil, explainNoAnswer(ctx, url, fmt.Errorf("%s: the answer breaks off: %w", url, err))
+	}
+	a.text = strings.TrimSpace(string(text))
+	return a, nil
+}
+
+// explainNoAnswer adds to the error of a request what it means and what to do.
+func explainNoAnswer(ctx context.Context, url string, err error) error {
+	var noAddress *net.DNSError
 	var invalid x509.CertificateInvalidError
-	failIf(errors.As(err, new(*net.DNSError)), "%v: DNS has no address for the name: check its spelling, and DNS", err)
-	failIf(errors.Is(err, syscall.ECONNREFUSED), "%v: nothing listens there: start the notification server (or the proxy), or correct host and port", err)
-	failIf(errors.As(err, &invalid) && invalid.Reason == x509.Expired, "%v: renew the proxy's certificate, and check this machine's clock", err)
-	failIf(errors.As(err, new(*tls.CertificateVerificationError)), "%v: the certificate is not trusted: let the proxy send the whole chain, for this name, of an authority that clients know", err)
-	failIf(ctx.Err() != nil, "%v: the steps together took 14 s, and no more are waited for", err)
-	failIf(os.IsTimeout(err), "%v: no answer in %v: look for a firewall between", err, answerTime)
-	failIf(err != nil, "%v: no way leads there, another service listens there, the proxy does not serve this name, or it is https for http, or the reverse", err)
-	defer answer.Body.Close()
-	status := answer.StatusCode
-	if to, err := answer.Location(); err == nil && status > 300 {
-		failIf(strings.TrimRight(to.Path, "/") != strings.TrimRight(r.URL.Path, "/"), "%s redirects to %s, a web page: Seahub or another service answers: the proxy's rule for /notification is missing, or stands behind the one for /", url, to)
-		failIf(to.Path != r.URL.Path, "%s redirects to %s, but clients do not follow: write the proxy's rule for /notification without a slash at its end", url, to)
-		failIf(true, "%s redirects to %s, but clients do not follow: give %s here, to the clients or in INNER_NOTIFICATION_SERVER_URL", url, to, strings.TrimSuffix(strings.TrimSuffix(to.String(), "/ping"), "/events"))
+	var unknown x509.UnknownAuthorityError
+	var unverified *tls.CertificateVerificationError
+	remedy := "no way leads there, another service listens there, " +
+		"the proxy does not serve this name, or it is https for http, or the reverse"
+	switch {
+	case errors.As(err, &noAddress):
+		remedy = "DNS has no address for the name: check its spelling, and DNS"
+	case errors.Is(err, syscall.ECONNREFUSED):
+		remedy = "nothing listens there: start the notification server (or the proxy), " +
+			"or correct host and port"
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		remedy = "renew the proxy's certificate, and check this machine's clock"
+	case errors.As(err, &unknown) && !hasAuthorities():
+		remedy = "no CA certificates found here, so none can be trusted: install ca-certificates, " +
+			"or name a file of them in SSL_CERT_FILE; in a container, mount one"
+	case errors.As(err, &unverified):
+		remedy = "the certificate is not trusted: let the proxy send the whole chain, " +
+			"for this name, of an authority that clients know"
+	case ctx.Err() != nil:
+		remedy = fmt.Sprintf("the steps together took %v, and no more are waited for", checkTime)
+	case os.IsTimeout(err):
+		remedy = fmt.Sprintf("no answer in %v: look for a firewall between", answerTime)
 	}
-	failIf(status == 404, "%s answers 404: the proxy's rule for /notification is missing or does not match, the URL lacks /notification, or another service listens there", url)
-	failIf(status >= 502, "%s answers %d: the proxy cannot reach the notification server, which it must find at its host and port (by this configuration %s), or that has no room for more clients (see its log)", url, status, own)
-	if status == 101 {
-		return answer, ""
-	}
-	text, _ := io.ReadAll(io.LimitReader(answer.Body, 64<<10))
-	return answer, string(text)
+	return fmt.Errorf("%w: %s", err, remedy)
 }
 
-// ---- Logging and metrics ----
+// hasAuthorities reports whether this machine has any CA certificate.
+func hasAuthorities() bool {
+	pool, err := x509.SystemCertPool()
+	return err == nil && !pool.Equal(x509.NewCertPool())
+}
 
-var levels = map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warning": slog.LevelWarn, "warn": slog.LevelWarn, "error": slog.LevelError}
+// answeredByProxy returns an error if a notification server never answers like this.
+func (c *checker) answeredByProxy(a *checkAnswer) error {
+	switch {
+	case a.redirectsElsewhere():
+		return fmt.Errorf("%s redirects to %s, a web page: Seahub or another service answers: the proxy's "+
+			"rule for /notification is missing, or comes after the one for /", a.url, a.location)
+	case a.location != nil && a.location.Path != a.url.Path:
+		return fmt.Errorf("%s redirects to %s, but clients do not follow: "+
+			"write the proxy's rule for /notification without a slash at its end", a.url, a.location)
+	case a.location != nil:
+		right := strings.TrimSuffix(trimPing(a.location.String()), "/events")
+		return fmt.Errorf("%s redirects to %s, but clients do not follow: "+
+			"give %s here, to the clients or in INNER_NOTIFICATION_SERVER_URL", a.url, a.location, right)
+	case a.status == http.StatusNotFound:
+		return fmt.Errorf("%s answers 404: the proxy's rule for /notification is missing or does not "+
+			"match, the URL lacks /notification, or another service listens there", a.url)
+	case a.status >= http.StatusBadGateway:
+		return fmt.Errorf("%s answers %d: the proxy cannot reach the notification server, which it must "+
+			"find at its host and port (by this configuration %s), or that has no room for more clients "+
+			"(see its log)", a.url, a.status, c.own)
+	}
+	return nil
+}
 
-// A logger writes lines that Seafile's log tools read. What comes from outside is quoted by the caller.
+// ---- Metrics ----
+//
+// Counters of what happened, and the text format of Prometheus. A new counter is a field
+// of metrics, a line in newMetrics and one in write. What the hub and the log know at this
+// moment comes in as gauges. Each counter has its own lock, under which no other is taken.
+// It has no goroutine.
+
+// A labelCounter counts by the value of one label. The values must come from a small set.
+type labelCounter struct {
+	name, label, help string
+
+	mu     sync.Mutex // guards counts
+	counts map[string]uint64
+}
+
+func newLabelCounter(name, label, help string) *labelCounter {
+	return &labelCounter{name: name, label: label, help: help, counts: map[string]uint64{}}
+}
+
+// add counts one more.
+func (c *labelCounter) add(value string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.counts[value]++
+}
+
+func (c *labelCounter) count(value string) uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.counts[value]
+}
+
+// write writes one sample for each value of the label, sorted.
+func (c *labelCounter) write(w io.Writer) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	writeFamily(w, c.name, "counter", c.help)
+	for _, value := range slices.Sorted(maps.Keys(c.counts)) {
+		fmt.Fprintf(w, "%s{%s=%q} %d\n", c.name, c.label, value, c.counts[value])
+	}
+}
+
+// deliveryBounds are the upper bounds of the buckets of delivery_seconds, in seconds. Above
+// the last one there is one more.
+var deliveryBounds = [...]float64{.001, .005, .01, .05, .1, .5, 1, 5, 30}
+
+// metrics are what /metrics shows. All methods may be called at the same time.
+type metrics struct {
+	started time.Time
+	events  *labelCounter // by type
+	refused *labelCounter // by reason
+	closed  *labelCounter // by reason
+	lookups *labelCounter // by result
+	mu      sync.Mutex    // guards the fields below
+	buckets [len(deliveryBounds) + 1]uint64
+	seconds float64 // sum of all deliveries
+}
+
+// gauges are the figures of this moment that other parts know.
+type gauges struct {
+	connections   int
+	subscriptions int
+	libraries     int // with at least one subscription
+	waiting       int // events that wait for group members
+	remembered    int // updates that new subscriptions are told
+	logLinesLost  int // since the start
+}
+
+// outboxFull is the reason in closed for a client that is too slow. A metric of its own
+// shows it, too.
+const outboxFull = "outbox-full"
+
+func newMetrics(started time.Time) *metrics {
+	return &metrics{
+		started: started,
+		events: newLabelCounter("seafile_notification_events_total", "type",
+			"Events accepted."),
+		refused: newLabelCounter("seafile_notification_refused_total", "reason",
+			"Events, subscriptions and clients refused."),
+		closed: newLabelCounter("seafile_notification_closed_total", "reason",
+			"Connections ended."),
+		lookups: newLabelCounter("seafile_notification_group_lookups_total", "result",
+			"Questions for the members of a group."),
+	}
+}
+
+// delivered counts a delivery by the time between accepting the event and having written it.
+func (m *metrics) delivered(d time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	i, _ := slices.BinarySearch(deliveryBounds[:], d.Seconds())
+	m.buckets[i]++
+	m.seconds += d.Seconds()
+}
+
+// write writes all metrics in Prometheus' text format.
+func (m *metrics) write(w io.Writer, g gauges) {
+	var text strings.Builder
+	writeGauge(&text, "seafile_notification_connections",
+		"Clients connected by WebSocket.", g.connections)
+	writeGauge(&text, "seafile_notification_subscriptions",
+		"Subscriptions of clients to libraries.", g.subscriptions)
+	writeGauge(&text, "seafile_notification_libraries",
+		"Libraries with at least one subscription.", g.libraries)
+	writeGauge(&text, "seafile_notification_waiting_events",
+		"Events that wait for group members.", g.waiting)
+	writeGauge(&text, "seafile_notification_remembered_updates",
+		"Updates that new subscriptions are told.", g.remembered)
+	m.events.write(&text)
+	m.refused.write(&text)
+	m.closed.write(&text)
+	m.lookups.write(&text)
+	m.writeDeliveries(&text)
+	writeCounter(&text, "seafile_notification_outbox_full_total",
+		"Clients closed since they were too slow.", m.closed.count(outboxFull))
+	writeCounter(&text, "seafile_notification_log_lines_dropped_total",
+		"Lines of the log that were dropped.", g.logLinesLost)
+	writeGauge(&text, "process_start_time_seconds",
+		"Start of the process, in Unix time.", m.started.Unix())
+	writeGauge(&text, "process_resident_memory_bytes", "Resident memory.", residentBytes())
+	writeGauge(&text, "go_goroutines", "Goroutines.", runtime.NumGoroutine())
+	io.WriteString(w, text.String())
+}
+
+// writeDeliveries writes the histogram of deliveries, and their number on its own.
+func (m *metrics) writeDeliveries(w io.Writer) {
+	const name = "seafile_notification_delivery_seconds"
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	writeFamily(w, name, "histogram",
+		"Time from accepting an event to having written it to a client.")
+	count := uint64(0)
+	for i, n := range m.buckets {
+		count += n
+		bound := "+Inf"
+		if i < len(deliveryBounds) {
+			bound = strconv.FormatFloat(deliveryBounds[i], 'g', -1, 64)
+		}
+		fmt.Fprintf(w, "%s_bucket{le=%q} %d\n", name, bound, count)
+	}
+	fmt.Fprintf(w, "%s_sum %v\n", name, m.seconds)
+	fmt.Fprintf(w, "%s_count %d\n", name, count)
+	writeCounter(w, "seafile_notification_deliveries_total", "Events written to clients.", count)
+}
+
+func writeGauge(w io.Writer, name, help string, value any) {
+	writeFamily(w, name, "gauge", help)
+	fmt.Fprintf(w, "%s %v\n", name, value)
+}
+
+func writeCounter(w io.Writer, name, help string, value any) {
+	writeFamily(w, name, "counter", help)
+	fmt.Fprintf(w, "%s %v\n", name, value)
+}
+
+// writeFamily writes the lines above the samples of a metric.
+func writeFamily(w io.Writer, name, kind, help string) {
+	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+}
+
+// residentBytes returns the bytes of memory that the process takes, 0 where /proc does
+// not tell.
+func residentBytes() int64 {
+	statm, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return 0
+	}
+	fields := strings.Fields(string(statm))
+	if len(fields) < 2 {
+		return 0
+	}
+	pages, _ := strconv.ParseInt(fields[1], 10, 64)
+	return pages * int64(os.Getpagesize())
+}
+
+// ---- Log ----
+//
+// Lines that Seafile's log tools read. Who logs puts a line into a queue and goes on; one
+// goroutine, logger.run, writes to files, so that a pipe that nobody reads, a FIFO or a disk
+// that hangs holds up nothing but the log. When the queue is full, lines are dropped and
+// counted. No line holds what could break a line or a terminal, wherever its text comes from.
+//
+// logger.mu guards the queue. It is held for moments: no other lock is taken under it, and
+// nothing is written. logger.close ends run, unless it hangs in a write.
+
+const (
+	maxLogQueue   = 8 << 20                // bytes that wait, and as many that are being written
+	logLookPeriod = 5 * time.Second        // between two looks at the path of the log file
+	logWriteWait  = 2 * time.Second        // for a FIFO whose reader does not read
+	logEndWait    = 100 * time.Millisecond // to write what is left, at the end
+	logOncePeriod = time.Minute            // see warnOnce
+	maxLogKeys    = 1000                   // of warnOnce and infoOnce
+)
+
+// A logger writes lines in the background. Its methods never wait, but for close, and may
+// be called at the same time.
 type logger struct {
-	path   string // "-" for none
-	level  slog.Level
-	prefix string
+	path   string // of the log file, "" for none
+	prefix string // of each line
 	stderr io.Writer
-	mu     sync.Mutex
-	out    io.Writer
-	broken bool // and said so
+	uptime func() time.Duration
+	level  slog.LevelVar // lines below it are not logged
+
+	wakes  chan struct{} // asks run to look and to write
+	ending chan struct{} // closed by close
+	ended  chan struct{} // closed by run
+	closed sync.Once
+
+	// For run alone.
+	out        io.Writer
+	file       *os.File // the same, if it is the log file, else nil
+	taken      []byte   // from queue, to be written
+	failing    bool     // the last write failed, which was said
+	cannotOpen bool     // the log file, which was said
+
+	mu      sync.Mutex               // guards the fields below
+	queue   []byte                   // whole lines
+	dropped int                      // lines since the last one in queue
+	lost    int                      // lines that were dropped since the start
+	quiet   map[string]time.Duration // by key: uptime until which warnOnce is silent
 }
 
-func openLog(path string, toStdout bool, stdout, stderr io.Writer) *logger {
-	lg := &logger{path: path, out: stderr, stderr: stderr}
-	if toStdout {
-		lg.path, lg.out, lg.prefix = "-", stdout, "[notification-server] "
+// openLog returns a logger at level info that writes to standard output, or to the file at
+// path, or, if path is "" or "-", to standard error. A file that cannot be opened is tried
+// again every 5 s; until then the lines go to standard error.
+func openLog(path string, toStdout bool, stdout, stderr io.Writer, uptime func() time.Duration) *logger {
+	lg := &logger{
+		stderr: stderr,
+		uptime: uptime,
+		wakes:  make(chan struct{}, 1),
+		ending: make(chan struct{}),
+		ended:  make(chan struct{}),
+		out:    stderr,
+		quiet:  map[string]time.Duration{},
 	}
-	lg.reopen()
+	if toStdout {
+		lg.out = stdout
+		lg.prefix = "[notification-server] "
+	} else if path != "-" {
+		lg.path = path
+	}
+	lg.wake() // so that it opens the file at once
+	go lg.run()
 	return lg
 }
 
-func (lg *logger) reopen() { // where that fails the log goes where it went
-	if lg.path == "-" {
-		return
-	}
-	lg.mu.Lock()
-	defer lg.mu.Unlock()
-	file, err := os.OpenFile(lg.path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o640)
-	if err != nil {
-		fmt.Fprintf(lg.stderr, "notification-server: cannot open the log: %v: serving goes on; correct it, then send SIGUSR1\n", err)
-		return
-	}
-	if old, ok := lg.out.(*os.File); ok && lg.out != lg.stderr {
-		old.Close()
-	}
-	lg.out = file
-}
+// setLevel sets the lowest level that is logged.
+func (lg *logger) setLevel(level slog.Level) { lg.level.Set(level) }
+
+// debugEnabled tells whether debugf logs. Where many lines are made, ask it first: debugf
+// alone saves the line, but not its arguments.
+func (lg *logger) debugEnabled() bool { return lg.level.Level() <= slog.LevelDebug }
 
 func (lg *logger) debugf(format string, args ...any) { lg.printf(slog.LevelDebug, format, args...) }
 func (lg *logger) infof(format string, args ...any)  { lg.printf(slog.LevelInfo, format, args...) }
 func (lg *logger) warnf(format string, args ...any)  { lg.printf(slog.LevelWarn, format, args...) }
 func (lg *logger) errorf(format string, args ...any) { lg.printf(slog.LevelError, format, args...) }
 
-func (lg *logger) printf(level slog.Level, format string, args ...any) {
-	if level < lg.level {
-		return
+// warnOnce is warnf, at most once a minute for each key. Keys must come from a small set.
+func (lg *logger) warnOnce(key, format string, args ...any) {
+	if lg.isDue(key) {
+		lg.warnf(format, args...)
 	}
-	name := strings.Replace(level.String(), "WARN", "WARNING", 1)
-	text := fmt.Sprintf("%s[%s] [%s] %s\n", lg.prefix, time.Now().Format(time.DateTime), name, fmt.Sprintf(format, args...))
-	lg.mu.Lock()
-	defer lg.mu.Unlock()
-	_, err := io.WriteString(lg.out, text)
-	if err != nil && !lg.broken {
-		fmt.Fprintf(lg.stderr, "notification-server: cannot write the log: %v: serving goes on; make room, or correct it and send SIGUSR1\n", err)
-	}
-	lg.broken = err != nil
 }
 
+// infoOnce is infof, at most once a minute for each key.
+func (lg *logger) infoOnce(key, format string, args ...any) {
+	if lg.isDue(key) {
+		lg.infof(format, args...)
+	}
+}
+
+// isDue tells whether a minute has passed since it last said so for key.
+func (lg *logger) isDue(key string) bool {
+	uptime := lg.uptime()
+	lg.mu.Lock()
+	defer lg.mu.Unlock()
+	if uptime < lg.quiet[key] {
+		return false
+	}
+	if len(lg.quiet) >= maxLogKeys {
+		clear(lg.quiet) // rather say something twice than remember without bounds
+	}
+	lg.quiet[key] = uptime + logOncePeriod
+	return true
+}
+
+// Write logs what net/http has to say: see http.Server.ErrorLog.
 func (lg *logger) Write(p []byte) (int, error) {
-	lg.warnf("%q", bytes.TrimSpace(p)) // what net/http has to say
+	lg.warnf("%s", bytes.TrimSpace(p))
 	return len(p), nil
 }
 
-type metrics struct {
-	started  time.Time
-	counting sync.Mutex               // guards all below
-	counts   map[[2]string]int        // by name and value of the label
-	buckets  [len(bounds) + 1]int     // deliveries by the time they took
-	seconds  float64                  // of all deliveries
-	quiet    map[string]time.Duration // uptime until which refusals for a reason are not logged
+// reopen looks at once whether the log file was renamed or removed.
+func (lg *logger) reopen() { lg.wake() }
+
+// wake has run look and write once more.
+func (lg *logger) wake() {
+	select {
+	case lg.wakes <- struct{}{}:
+	default: // it will do so anyway
+	}
 }
 
-var bounds = [...]float64{.001, .005, .01, .05, .1, .5, 1, 5, 30} // of the buckets of delivery_seconds
-
-func (m *metrics) count(name, label string) {
-	m.counting.Lock()
-	m.counts[[2]string{name, label}]++
-	m.counting.Unlock()
+// linesLost tells how many lines were dropped.
+func (lg *logger) linesLost() int {
+	lg.mu.Lock()
+	defer lg.mu.Unlock()
+	return lg.lost
 }
 
-func (m *metrics) delivered(d time.Duration) { // d after the event was accepted
-	m.counting.Lock()
-	i, _ := slices.BinarySearch(bounds[:], d.Seconds())
-	m.buckets[i]++
-	m.seconds += d.Seconds()
-	m.counting.Unlock()
+// close waits until all lines are written, but at most 100 ms.
+func (lg *logger) close() {
+	lg.closed.Do(func() {
+		close(lg.ending)
+		select {
+		case <-lg.ended:
+		case <-time.After(logEndWait):
+		}
+	})
 }
 
-func (s *server) figures() (lines []string) { // of the metrics, in Prometheus' text format
-	family := func(name, kind, help string, samples ...any) { // the rest of the name, and the value, of each
-		lines = append(lines, "# HELP "+name+" "+help, "# TYPE "+name+" "+kind)
-		for i := 0; i < len(samples); i += 2 {
-			lines = append(lines, fmt.Sprint(name, samples[i], " ", samples[i+1]))
+// printf puts a line into the queue, or drops it when that is full.
+func (lg *logger) printf(level slog.Level, format string, args ...any) {
+	if level < lg.level.Level() {
+		return
+	}
+	line := lg.line(level, format, args...)
+	lg.mu.Lock()
+	defer lg.mu.Unlock()
+	if len(lg.queue)+len(line) > maxLogQueue {
+		lg.dropped++
+		lg.lost++
+		return
+	}
+	if lg.dropped > 0 {
+		missing := lg.line(slog.LevelWarn, "lines are missing here: %d: "+
+			"the log could not be written, or not fast enough", lg.dropped)
+		lg.queue = append(lg.queue, missing...)
+		lg.dropped = 0
+	}
+	lg.queue = append(lg.queue, line...)
+	lg.wake()
+}
+
+// line returns a line with the time of now.
+func (lg *logger) line(level slog.Level, format string, args ...any) string {
+	name := level.String()
+	if level == slog.LevelWarn {
+		name = "WARNING"
+	}
+	now := time.Now().Format(time.DateTime)
+	text := escape(fmt.Sprintf(format, args...))
+	return lg.prefix + "[" + now + "] [" + name + "] " + text + "\n"
+}
+
+// escape replaces what could break a line or a terminal as Go's strconv.Quote does: control
+// characters, other separators of lines, marks that change the direction of writing, all
+// else that cannot be seen, and what is not UTF-8. Backslashes stay as they are.
+func escape(text string) string {
+	var escaped []byte
+	done := 0 // bytes of text
+	for i, r := range text {
+		if strconv.IsPrint(r) && r != utf8.RuneError {
+			continue
+		}
+		_, size := utf8.DecodeRuneInString(text[i:])
+		quoted := strconv.Quote(text[i : i+size]) // leaves U+FFFD itself as it is
+		escaped = append(escaped, text[done:i]...)
+		escaped = append(escaped, quoted[1:len(quoted)-1]...)
+		done = i + size
+	}
+	return string(escaped) + text[done:]
+}
+
+// run opens the log file and writes what is queued, until close is called.
+func (lg *logger) run() {
+	defer close(lg.ended)
+	ticks := time.NewTicker(logLookPeriod)
+	defer ticks.Stop()
+	for ending := false; !ending; {
+		select {
+		case <-lg.wakes:
+		case <-ticks.C:
+		case <-lg.ending:
+			ending = true
+		}
+		lg.writeQueue()
+	}
+	if lg.file != nil {
+		lg.file.Close()
+	}
+}
+
+// look opens the log file if its path leads elsewhere than to the one that is open. Docker's
+// Seafile renames the log each night, and deletes it after a week, without a signal. Where
+// that fails, lines go where they went before.
+func (lg *logger) look() {
+	if lg.path == "" || lg.isOpen() {
+		return
+	}
+	// O_NONBLOCK: a FIFO without a reader is an error then, and hangs otherwise.
+	const flags = os.O_APPEND | os.O_CREATE | os.O_WRONLY | syscall.O_NONBLOCK
+	file, err := os.OpenFile(lg.path, flags, 0o640)
+	if err != nil {
+		if !lg.cannotOpen {
+			lg.reportFault("cannot open the log: %v: serving goes on, and the log goes where "+
+				"it went before, at the start to standard error; correct it: "+
+				"it is tried again every %v", err, logLookPeriod)
+		}
+		lg.cannotOpen = true
+		return
+	}
+	lg.cannotOpen = false
+	if lg.file != nil {
+		lg.file.Close()
+	}
+	lg.out, lg.file = file, file
+}
+
+// isOpen tells whether the open file is the one at path.
+func (lg *logger) isOpen() bool {
+	if lg.file == nil {
+		return false
+	}
+	opened, err := lg.file.Stat()
+	if err != nil {
+		return false
+	}
+	atPath, err := os.Stat(lg.path)
+	return err == nil && os.SameFile(opened, atPath)
+}
+
+// writeQueue writes all that is queued. What cannot be written is tried again with the next
+// line, and every 5 s.
+func (lg *logger) writeQueue() {
+	for {
+		lg.look()
+		if len(lg.taken) == 0 {
+			lg.mu.Lock()
+			lg.taken = lg.queue
+			lg.queue = nil
+			lg.mu.Unlock()
+		}
+		if len(lg.taken) == 0 || !lg.writeTaken() {
+			return
 		}
 	}
-	var pages, resident, deliveries int
-	statm, _ := os.ReadFile("/proc/self/statm")
-	fmt.Sscan(string(statm), &pages, &resident)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.counting.Lock()
-	defer s.counting.Unlock()
-	family("seafile_notification_connections", "gauge", "Clients connected by WebSocket.", "", len(s.conns))
-	family("seafile_notification_subscriptions", "gauge", "Subscriptions of clients to libraries.", "", s.subscriptions)
-	family("seafile_notification_libraries", "gauge", "Libraries with at least one subscription.", "", len(s.libraries))
-	for _, c := range [][3]string{
-		{"events_total", "type", "Events accepted."},
-		{"refused_total", "reason", "Events, subscriptions and clients refused."},
-		{"closed_total", "reason", "Connections ended."},
-		{"group_lookups_total", "result", "Questions for the members of a group."},
-	} {
-		var samples []any
-		for key, n := range s.counts {
-			if key[0] == c[0] {
-				samples = append(samples, fmt.Sprintf("{%s=%q}", c[1], key[1]), n)
+}
+
+// writeTaken writes what was taken from the queue, and reports whether that worked.
+func (lg *logger) writeTaken() bool {
+	for len(lg.taken) > 0 {
+		if lg.file != nil {
+			lg.file.SetWriteDeadline(time.Now().Add(logWriteWait)) // only a FIFO has one
+		}
+		// One line at a time, so that on a pipe no other process writes into it.
+		n, err := lg.out.Write(lg.taken[:bytes.IndexByte(lg.taken, '\n')+1])
+		lg.taken = lg.taken[n:]
+		if err != nil {
+			if !lg.failing {
+				lg.reportFault("cannot write the log: %v: serving goes on; "+
+					"make room, or correct it: then the log goes on", err)
 			}
+			lg.failing = true
+			return false
 		}
-		family("seafile_notification_"+c[0], "counter", c[2], samples...)
+		lg.failing = false
 	}
-	var samples []any
-	for i, n := range s.buckets {
-		deliveries += n
-		samples = append(samples, fmt.Sprintf("_bucket{le=%q}", fmt.Sprint(append(bounds[:], math.Inf(1))[i])), deliveries)
-	}
-	samples = append(samples, "_sum", s.seconds, "_count", deliveries)
-	family("seafile_notification_delivery_seconds", "histogram", "Time from accepting an event to having written it to a client.", samples...)
-	family("seafile_notification_deliveries_total", "counter", "Events written to clients.", "", deliveries)
-	family("seafile_notification_outbox_full_total", "counter", "Clients closed since they were too slow.", "", s.counts[[2]string{"closed_total", "outbox-full"}])
-	family("process_start_time_seconds", "gauge", "Start of the process, in Unix time.", "", s.started.Unix())
-	family("process_resident_memory_bytes", "gauge", "Resident memory.", "", resident*os.Getpagesize())
-	family("go_goroutines", "gauge", "Goroutines.", "", runtime.NumGoroutine())
-	return lines
+	return true
+}
+
+// reportFault says on standard error what the log cannot. Where nobody reads that, the log
+// waits, and drops lines.
+func (lg *logger) reportFault(format string, args ...any) {
+	io.WriteString(lg.stderr, "notification-server: "+escape(fmt.Sprintf(format, args...))+"\n")
 }
