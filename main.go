@@ -2946,7 +2946,7 @@ func (c *client) serve() {
 		if err != nil {
 			return
 		}
-		if head[0] == 0x80|opPing && head[1] == 0x80 {
+		if head[0] == 0x80|opPing && head[1] == 0x80 && !c.isStranger() {
 			c.reader.Discard(6) // with the mask; an error shows in the next Peek
 			c.heard.Store(int64(c.hub.clock.uptime()))
 			c.send(pongFrame)
@@ -3117,6 +3117,9 @@ func (c *client) handleFrame(h frameHeader, payload io.Reader) error {
 			return errEnd
 		}
 		c.heard.Store(int64(c.hub.clock.uptime()))
+		if c.isStranger() {
+			defer c.handler.takeTurn()()
+		}
 		return c.handleControl(h.opcode, text)
 	}
 	if err := c.readPayload(h, payload); err != nil {
@@ -3429,7 +3432,7 @@ func newHandler(h *hub, v *verifier, g *groups, lg *logger, m *metrics, clk cloc
 	return handler
 }
 
-// takeTurn waits until a stranger's message may be handled, and returns the function that ends
+// takeTurn waits until a stranger's frame may be handled, and returns the function that ends
 // the turn. Strangers take at most half of the processors, so that events are not held up.
 // A turn is short: its holder never blocks.
 func (h *handler) takeTurn() func() {
