@@ -2166,7 +2166,8 @@ func (h *hub) endRenewal(sub *subscription) {
 // be held.
 func (h *hub) remember(lib *library, m *message) {
 	if len(m.payload()) > desktopSize {
-		return // no desktop client could read it
+		h.forgetUpdate(lib) // no desktop client could read the new one
+		return
 	}
 	lib.newest = m
 	lib.updated = h.clock.uptime()
@@ -2182,20 +2183,30 @@ func (h *hub) remember(lib *library, m *message) {
 		h.nextRepeat = lib.element
 	}
 	if h.updates.Len() > maxRemembered {
-		h.forgetOldestUpdate()
+		h.forgetUpdate(h.oldestUpdate())
 	}
 }
 
-// forgetOldestUpdate forgets the remembered update that is the oldest. mu must be held.
-func (h *hub) forgetOldestUpdate() {
-	oldest := h.updates.Front()
-	if h.nextRepeat == oldest {
-		h.nextRepeat = oldest.Next()
+// forgetUpdate forgets the remembered update of lib, if there is one. mu must be held.
+func (h *hub) forgetUpdate(lib *library) {
+	if lib.element != nil {
+		if h.nextRepeat == lib.element {
+			h.nextRepeat = lib.element.Next()
+		}
+		h.updates.Remove(lib.element)
+		lib.element = nil
+		lib.newest = nil
 	}
-	lib := h.updates.Remove(oldest).(*library)
-	lib.element = nil
-	lib.newest = nil
 	h.forgetUnused(lib)
+}
+
+// oldestUpdate returns the library whose remembered update is the oldest, nil if there is none.
+// mu must be held.
+func (h *hub) oldestUpdate() *library {
+	if oldest := h.updates.Front(); oldest != nil {
+		return oldest.Value.(*library)
+	}
+	return nil
 }
 
 // queueWaiting queues ev behind the events of its library that wait for group members, or as
@@ -2334,11 +2345,11 @@ func (h *hub) repeatSome() bool {
 		}
 	}
 	for range sweepBatch {
-		oldest := h.updates.Front()
-		if oldest == nil || uptime-oldest.Value.(*library).updated < rememberFor {
+		oldest := h.oldestUpdate()
+		if oldest == nil || uptime-oldest.updated < rememberFor {
 			break
 		}
-		h.forgetOldestUpdate()
+		h.forgetUpdate(oldest)
 	}
 	return h.moreDue(uptime)
 }

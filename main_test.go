@@ -3980,7 +3980,16 @@ func TestNewestUpdateIsRemembered(t *testing.T) {
 		t.Parallel()
 		s := startServer(t)
 		ofSize := func(size int) string { return update(repoA, strings.Repeat("c", size-len(update(repoA, "")))) }
-		s.accept(ofSize(4097))
+		s.accept(u("1"))
+		s.accept(ofSize(4097)) // nor what is older than it
+		if n := s.figures()["remembered_updates"]; n != 0 {
+			t.Errorf("%v updates are remembered", n)
+		}
+		s.hub.mu.Lock()
+		if n := len(s.hub.libraries); n != 0 {
+			t.Errorf("%d libraries are kept, of which nobody needs one", n)
+		}
+		s.hub.mu.Unlock()
 		c := record(s, connect(t, s.addr, asDesktop))
 		c.subscribe(repoA, s.clientToken(repoA, "a", time.Hour))
 		s.run(5*sec, nil, c)
@@ -4013,9 +4022,6 @@ func TestNewestUpdateIsRemembered(t *testing.T) {
 // At most 100,000 updates are remembered; the oldest go first.
 func TestRememberedUpdatesAreBounded(t *testing.T) {
 	t.Parallel()
-	if underRace() {
-		t.Skip("100,000 events take too long under -race")
-	}
 	const most = 100_000
 	s := startServer(t)
 	s.log.setLevel(8) // errors alone
@@ -7107,9 +7113,6 @@ func TestWaitingEventsAreBounded(t *testing.T) {
 	})
 	t.Run("of all libraries", func(t *testing.T) {
 		t.Parallel()
-		if underRace() {
-			t.Skip("so many events take longer than a question under -race")
-		}
 		s := startServer(t)
 		s.log.setLevel(0) // info
 		seaf := holdSeafServer(t, s, "alice@example.com")
@@ -10348,9 +10351,7 @@ func TestProxyIdle(t *testing.T) {
 // Once with nginx's real 60 s and the real binary: the browser, which never
 // pings, stays. Behind a server that does not ping it would be cut.
 func TestProxyIdleMinute(t *testing.T) {
-	if testing.Short() && os.Getenv("CI") != "true" {
-		t.Skip("takes more than a minute")
-	}
+	slow(t, "more than a minute")
 	t.Parallel()
 	port := freePort(t)
 	need(t, "nginx")
