@@ -1810,6 +1810,7 @@ const (
 	stalledAfter   = 20 * time.Second        // without 16 KiB written to a slow client
 	idleLimit      = 2 * time.Minute         // without a subscription
 	idleLimitFull  = 10 * time.Second        // before the first one, while places are scarce
+	maxIdleClosed  = 2000                    // clients in one sweep, so that events need not wait
 	renewalWarning = 10                      // seconds before a token's end
 	remindAfter    = 20 * time.Second        // a renewal that is on its way has come by then
 	keepFor        = 60 * time.Second        // after a token's end, see renewal
@@ -1828,6 +1829,7 @@ type hub struct {
 
 	swept   time.Duration // uptime of the last sweep; for the goroutine that calls tick
 	resumed time.Duration // uptime at which the process ran on after it was stopped; likewise
+	idle    int           // clients that this sweep closes as idle; likewise
 
 	mu            sync.Mutex // guards all below, and what says so in client
 	libraries     map[string]*library
@@ -2386,6 +2388,7 @@ func (h *hub) sweep() {
 		h.resumed = uptime
 	}
 	h.swept = uptime
+	h.idle = 0
 	for next := math.MaxInt; next > 0; {
 		next = h.sweepSome(next)
 	}
@@ -2420,15 +2423,17 @@ func (h *hub) pingOrClose(b *batch, c *client, uptime time.Duration) {
 	if heard >= c.pinged || c.pinged < h.resumed {
 		c.unanswered = 0
 	}
-	idle := idleLimit
+	limit := idleLimit
 	if len(h.clients) > h.places/2 && c.isStranger() {
-		idle = idleLimitFull
+		limit = idleLimitFull
 	}
+	idle := len(c.subscriptions) == 0 && uptime-max(c.idleSince, h.resumed) >= limit
 	switch {
 	case c.stalledSince(h.resumed, uptime, stalledAfter):
 		b.stalled = append(b.stalled, c)
-	case len(c.subscriptions) == 0 && uptime-max(c.idleSince, h.resumed) >= idle:
-		b.queue(c, closeFrame(statusPolicy, "idle", fmt.Sprintf("no subscription for %v", idle)))
+	case idle && h.idle < maxIdleClosed:
+		h.idle++
+		b.queue(c, closeFrame(statusPolicy, "idle", fmt.Sprintf("no subscription for %v", limit)))
 	case uptime-max(heard, c.pinged) < pingAfter:
 	case c.unanswered >= unansweredMax:
 		b.queue(c, closeFrame(statusPolicy, "silent", "no frame for 60 s"))
@@ -2950,7 +2955,7 @@ func (c *client) waitDrained() {
 // of 8, which is a quarter of the memory of an idle client.
 func (c *client) serve() {
 	defer c.recoverPanic()
-	defer c.end()
+	defer c.inTurn(c.end)
 	done := make(chan error)
 	for {
 		head, err := c.reader.Peek(2)
@@ -3032,7 +3037,7 @@ func (c *client) readFrame() (err error) {
 			return err
 		}
 		c.hub.log.debugf("%s: closed with %d: %s", c.name, r.status, r.text)
-		c.send(closeFrame(r.status, r.reason, r.text))
+		c.inTurn(func() { c.send(closeFrame(r.status, r.reason, r.text)) })
 	}
 	if h.endless {
 		payload = c.conn // nobody knows where the next frame begins
@@ -3225,6 +3230,14 @@ func (c *client) isStranger() bool {
 	return !c.trusted
 }
 
+// inTurn calls f, which does not wait; for a stranger, when it has a turn.
+func (c *client) inTurn(f func()) {
+	if c.isStranger() {
+		defer c.handler.takeTurn()()
+	}
+	f()
+}
+
 // trust lifts the limits of a stranger.
 func (c *client) trust() {
 	c.mu.Lock()
@@ -3393,7 +3406,7 @@ const (
 	crowdedPlain    = reservedFiles * 3 / 4  // of them, beyond which none may stay idle
 	extraPlain      = 4096                   // more of both, while clients leave descriptors free
 	plainWait       = time.Second            // without a change, for one beyond maxPlain
-	plainWaitShort  = 5 * time.Millisecond   // for an idle one beyond crowdedPlain
+	plainWaitShort  = 10 * time.Millisecond  // for an idle one beyond crowdedPlain
 	refusedBodyWait = 20 * time.Millisecond  // for the body of a request that was refused
 	bodyStart       = 16 << 10               // bytes of memory that an event's body begins with
 	maxHead         = 64 << 10               // bytes of a request's head; nginx passes 32 KiB
@@ -3968,12 +3981,15 @@ type plainConn struct {
 }
 
 // Accept waits for the next connection, and for room for it: some milliseconds, or up to a
-// second while nearly all connections have a request.
+// second while nearly all connections have a request. After each connection it lets all run that
+// has work to do. So when thousands come at once, they queue in the kernel and not here, in
+// front of an event: its sender waits a quarter of the time (BenchmarkReturn).
 func (l *plainListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
+	runtime.Gosched()
 	for !l.limit.makeRoom() {
 		time.Sleep(time.Millisecond)
 	}
@@ -3996,13 +4012,30 @@ func (l *plainLimit) makeRoom() bool {
 		next = e.Next()
 		c := e.Value.(*plainConn)
 		age := now.Sub(c.changed)
+		if age < plainWaitShort {
+			break // as all that follow
+		}
 		crowded := l.conns.Len() >= crowdedPlain+free
-		if age >= plainWait || crowded && !c.active && age >= plainWaitShort {
+		if age >= plainWait || crowded && !c.active && !c.hasUnread() {
 			c.Conn.Close()
 			l.conns.Remove(e)
 		}
 	}
 	return l.conns.Len() < crowdedPlain+free
+}
+
+// hasUnread reports whether a request has come that net/http has not begun to read: on a busy
+// machine it takes some time to do so.
+func (c *plainConn) hasUnread() bool {
+	raw, err := c.Conn.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return false
+	}
+	n := 0
+	raw.Control(func(fd uintptr) {
+		n, _, _ = syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+	})
+	return n > 0
 }
 
 // trackPlain is called by net/http when the state of a connection changes.
