@@ -30,6 +30,19 @@
 //	            ├→ verifier (tokens)
 //	            └→ groups (members)        all of them → metrics, logger
 //
+// # Where to look
+//
+//	what a token may say                verifier.verify, verifyEvent, verifySubscription
+//	who gets an event, in which order   hub.publish, deliver, event.isFor
+//	a client that reads slowly          client.admit; hub.pingOrClose if nothing moves
+//	a client that vanished              hub.pingOrClose, client.end
+//	a client that sends rubbish         frameHeader.check, client.handleMessage
+//	who writes to a socket              client.writeOutbox, writeRest; net/http until the upgrade
+//	the last five seconds               server.stop, hub.closeAll
+//	what is logged at info              the head of the part Log
+//	a new type of event, setting        the constants at repoUpdate, config
+//	a new metric                        the head of the part Metrics
+//
 // # Goroutines and what ends each
 //
 //	run, the loop of signals and ticks     a signal, or the listener's end
@@ -42,7 +55,7 @@
 //	client.writeRest: a slow client        all is written, or client.abort
 //	handler.findMembers: one for each      seaf-server's answer, or 5 s
 //	  group event that waits
-//	logger.run: one                        logger.close
+//	logger.writeLoop: one                  logger.close
 //
 // # Locks
 //
@@ -250,10 +263,11 @@ type server struct {
 // newServer returns a server that does not listen yet.
 func newServer(cfg *config, lg *logger, clk clock) *server {
 	m := newMetrics(clk.wall())
-	h := newHub(clk, lg, m, maxClients())
+	places := maxClients()
+	h := newHub(clk, lg, m, places)
 	v := &verifier{key: cfg.key, now: clk.wall}
 	groups := newGroups(cfg.seafileSocket, cfg.sockets)
-	handler := newHandler(h, v, groups, lg, m, clk)
+	handler := newHandler(h, v, groups, lg, m, clk, places)
 	return &server{
 		cfg:     cfg,
 		clock:   clk,
@@ -299,7 +313,7 @@ func serve(dir string, getenv func(string) string, lg *logger, clk clock) error 
 	}
 	lg.infof("notification server started on %s; configuration: %s; "+
 		"group members are asked of %s; at most %d clients, by the limit of open files",
-		s.clientListener.Addr(), cfg.source, members, maxClients())
+		s.clientListener.Addr(), cfg.source, members, s.handler.maxClients)
 	served := make(chan error, 1)
 	go func() { served <- s.http.Serve(s.clientListener) }()
 	notifySystemd(getenv, "READY=1")
@@ -325,7 +339,8 @@ func (s *server) serveMetrics() error {
 	go func() {
 		err := newHTTPServer(mux, s.log).Serve(&plainListener{ln, &s.handler.plain})
 		if !errors.Is(err, net.ErrClosed) {
-			s.log.errorf("cannot serve metrics on %s any more: %v: restart this server", ln.Addr(), err)
+			s.log.errorf("cannot serve metrics on %s any more: %v: restart this server",
+				ln.Addr(), err)
 		}
 	}()
 	return nil
@@ -366,7 +381,7 @@ func (s *server) loop(
 		case sig := <-signals:
 			switch sig {
 			case syscall.SIGUSR1:
-				s.log.reopen()
+				s.log.wake() // it looks whether the file was renamed
 			case syscall.SIGUSR2:
 				s.logMetrics()
 			default:
@@ -428,14 +443,15 @@ func listen(cfg *config, getenv func(string) string) (net.Listener, error) {
 	case errors.As(err, &noAddress):
 		return nil, fmt.Errorf("cannot listen: host %s (%s) has no address here: %w: set it to an "+
 			"address of this machine or to 0.0.0.0; with Seafile 12's file set JWT_PRIVATE_KEY in "+
-			"the environment, then host in the file is the senders' only", cfg.host, cfg.hostFrom, err)
+			"the environment, then host in the file is the senders' only",
+			cfg.host, cfg.hostFrom, err)
 	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, fmt.Errorf("cannot listen: %w: another server, an earlier start of this one, "+
 			"or systemd holds the port: stop it first (pkill -f \"notification-server -c\", or "+
 			"systemctl stop notification-server.socket), or change port in %s", err, cfg.portFrom)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return nil, fmt.Errorf("cannot listen: %w: this machine has no such address: set host (%s) "+
-			"to one of its own or to 0.0.0.0; in a cluster, start the server on that node only",
+		return nil, fmt.Errorf("cannot listen: %w: this machine has no such address: set host "+
+			"(%s) to one of its own or to 0.0.0.0; in a cluster, start the server on that node only",
 			err, cfg.hostFrom)
 	case err != nil:
 		return nil, fmt.Errorf("cannot listen: %w: "+
@@ -866,7 +882,8 @@ func (l *configLoader) checkLines() error {
 			opens := strings.HasPrefix(strings.TrimSpace(bad.header), section)
 			if opens || meansSection(bad.group) {
 				return fmt.Errorf("%s: seaf-server 10 to 12 refuses the whole file, and so does "+
-					"this server, since this line cannot be understood: %s", l.at(bad.line), bad.fault)
+					"this server, since this line cannot be understood: %s",
+					l.at(bad.line), bad.fault)
 			}
 		}
 	}
@@ -987,8 +1004,8 @@ func (l *configLoader) fileKey() (setting, error) {
 			"as the start of an escape, but Seafile's web part may not: %s", newKeyRemedy)
 	}
 	if trimASCII(v.raw) != v.raw {
-		l.warn(place, "jwt_private_key ends in white space, which seaf-server and this server take "+
-			"as part of the key, but Seafile's web part may not: remove it and restart Seafile")
+		l.warn(place, "jwt_private_key ends in white space, which seaf-server and this server "+
+			"take as part of the key, but Seafile's web part may not: remove it and restart Seafile")
 	}
 	return setting{key, place}, nil
 }
@@ -1236,8 +1253,8 @@ const (
 		"as in [notification]: correct it"
 	faultBehindHeader lineFault = "something stands behind a section header: " +
 		"move it to a line of its own"
-	faultGroupName lineFault = "the name of a section is empty, or holds [ or a control character: " +
-		"correct it"
+	faultGroupName lineFault = "the name of a section is empty, or holds [ or a control " +
+		"character: correct it"
 	faultKeyName lineFault = "the name of a key holds a bracket: " +
 		"correct it"
 	faultEncoding lineFault = "the first section sets Encoding, but not to UTF-8: " +
@@ -1317,7 +1334,8 @@ func (p *keyFileParser) parseHeader(text, behindZero string) {
 	switch {
 	case behind != "":
 		p.addBad(faultBehindHeader)
-	case name == "" || strings.ContainsFunc(name, badInGroupName) || strings.Contains(behindZero, "]"):
+	case name == "" || strings.ContainsFunc(name, badInGroupName),
+		strings.Contains(behindZero, "]"):
 		p.addBad(faultGroupName)
 	}
 	p.name = name
@@ -1500,24 +1518,28 @@ func (v *verifier) verify(token string) (claims, error) {
 	}
 	signed := token[:strings.LastIndexByte(token, '.')]
 	if !hmac.Equal(signature, hs256(v.key, signed)) {
-		return claims{}, refuse(401, "signature", "the token's signature does not match: "+
-			"jwt_private_key differs between here and seaf-server or Seahub, "+
-			"or one of them was not restarted since it changed")
+		return claims{}, refuse(http.StatusUnauthorized, "signature",
+			"the token's signature does not match: jwt_private_key differs between here and "+
+				"seaf-server or Seahub, or one of them was not restarted since it changed")
 	}
 	c, notBefore, err := parseClaims(payload)
 	if err != nil {
-		return claims{}, refuse(401, "malformed", "the token's claims are malformed: %v", err)
+		return claims{}, refuse(http.StatusUnauthorized, "malformed",
+			"the token's claims are malformed: %v", err)
 	}
 	now := v.unixNow()
 	switch {
 	case c.expires <= now-longExpired.Seconds():
-		return claims{}, refuse(401, "long-expired", "the token expired more than an hour ago")
+		return claims{}, refuse(http.StatusUnauthorized, "long-expired",
+			"the token expired more than an hour ago")
 	case c.expires <= now:
-		return claims{}, refuse(401, "expired", "the token expired %.0f s ago: if this goes on, "+
-			"the clocks of this machine and of seaf-server's differ", now-c.expires)
+		return claims{}, refuse(http.StatusUnauthorized, "expired",
+			"the token expired %.0f s ago: if this goes on, the clocks of this machine and of "+
+				"seaf-server's differ", now-c.expires)
 	case notBefore > now:
-		return claims{}, refuse(401, "not-yet", "the token is valid only in %.0f s: "+
-			"the clocks of this machine and of its maker's differ", notBefore-now)
+		return claims{}, refuse(http.StatusUnauthorized, "not-yet",
+			"the token is valid only in %.0f s: the clocks of this machine and of its maker's differ",
+			notBefore-now)
 	}
 	return c, nil
 }
@@ -1531,15 +1553,15 @@ func (v *verifier) verifyEvent(token string) (claims, error) {
 	case err != nil:
 		return claims{}, err
 	case c.username != "":
-		return claims{}, refuse(403, "client-token",
+		return claims{}, refuse(http.StatusForbidden, "client-token",
 			"a client's token is good for subscriptions, not for events")
 	case c.foreign != "":
-		return claims{}, refuse(403, "claims", "the token has the claim %s "+
-			"that no event's token has: it was made for something else", c.foreign)
+		return claims{}, refuse(http.StatusForbidden, "claims", "the token has the claim %s that "+
+			"no event's token has: it was made for something else", c.foreign)
 	case c.expires > v.unixNow()+maxEventLifetime.Seconds():
-		return claims{}, refuse(403, "lifetime", "the token is valid for more than an hour, "+
-			"as no event's token is: it was made for something else, "+
-			"or the clocks of this machine and of its maker's differ")
+		return claims{}, refuse(http.StatusForbidden, "lifetime",
+			"the token is valid for more than an hour, as no event's token is: it was made for "+
+				"something else, or the clocks of this machine and of its maker's differ")
 	}
 	return c, nil
 }
@@ -1551,10 +1573,11 @@ func (v *verifier) verifySubscription(token, repoID string) (claims, error) {
 	case err != nil:
 		return claims{}, err
 	case c.foreign != "":
-		return claims{}, refuse(403, "claims", "the token has the claim %s "+
-			"that no library's token has: it was made for something else", c.foreign)
+		return claims{}, refuse(http.StatusForbidden, "claims", "the token has the claim %s that "+
+			"no library's token has: it was made for something else", c.foreign)
 	case c.repoID != repoID:
-		return claims{}, refuse(403, "other-library", "the token is for another library")
+		return claims{}, refuse(http.StatusForbidden, "other-library",
+			"the token is for another library")
 	}
 	return c, nil
 }
@@ -1562,18 +1585,20 @@ func (v *verifier) verifySubscription(token, repoID string) (claims, error) {
 // splitToken decodes the three parts of a token.
 func splitToken(token string) (header, payload, signature []byte, err error) {
 	if len(token) > maxToken {
-		return nil, nil, nil, refuse(401, "malformed", "the token is longer than %d bytes", maxToken)
+		return nil, nil, nil, refuse(http.StatusUnauthorized, "malformed",
+			"the token is longer than %d bytes", maxToken)
 	}
 	parts := strings.Split(token, ".")
 	// The decoder skips line ends, and the signature covers what it does not skip.
 	if len(parts) != 3 || strings.ContainsAny(token, "\r\n") {
-		return nil, nil, nil, refuse(401, "malformed", "the token is not three parts of base64url")
+		return nil, nil, nil, refuse(http.StatusUnauthorized, "malformed",
+			"the token is not three parts of base64url")
 	}
 	var decoded [3][]byte
 	for i, part := range parts {
 		decoded[i], err = base64.RawURLEncoding.Strict().DecodeString(part)
 		if err != nil {
-			return nil, nil, nil, refuse(401, "malformed",
+			return nil, nil, nil, refuse(http.StatusUnauthorized, "malformed",
 				"the token is not three parts of unpadded base64url")
 		}
 	}
@@ -1599,9 +1624,10 @@ func checkHeader(header []byte) error {
 	})
 	switch {
 	case err != nil || algorithm != "HS256":
-		return refuse(401, "algorithm", "the token's header does not name HS256")
+		return refuse(http.StatusUnauthorized, "algorithm",
+			"the token's header does not name HS256")
 	case critical:
-		return refuse(401, "algorithm",
+		return refuse(http.StatusUnauthorized, "algorithm",
 			"the token's header names extensions (crit), and this server knows none")
 	}
 	return nil
@@ -1955,7 +1981,8 @@ func (h *hub) subscribe(c *client, cl claims) bool {
 			return false
 		}
 		if sub.renewal.overflow {
-			b.queue(c, closeFrame(statusRestart, "renewal-overflow", "too much came during the renewal"))
+			b.queue(c, closeFrame(statusRestart, "renewal-overflow", "too much came during the "+
+				"renewal"))
 		}
 		for _, m := range sub.renewal.kept {
 			hasUpdate = hasUpdate || m.isUpdate
@@ -2102,7 +2129,7 @@ func (h *hub) publish(ev *event) (subscribers int, waits bool) {
 func (h *hub) deliver(b *batch, lib *library, ev *event) (n int) {
 	now := unixSeconds(h.clock.wall())
 	for _, sub := range lib.subscriptions {
-		if ev.isFor(sub.user) && h.send(b, sub, ev.message, now) {
+		if ev.isFor(sub.user) && h.sendOrKeep(b, sub, ev.message, now) {
 			n++
 		}
 	}
@@ -2112,9 +2139,9 @@ func (h *hub) deliver(b *batch, lib *library, ev *event) (n int) {
 	return n
 }
 
-// send queues m for one subscription, and reports whether the client will read it. now
-// is Unix time. mu must be held.
-func (h *hub) send(b *batch, sub *subscription, m *message, now float64) bool {
+// sendOrKeep queues m for one subscription, or keeps it during a renewal, or both, and reports
+// whether it was queued. now is Unix time. mu must be held.
+func (h *hub) sendOrKeep(b *batch, sub *subscription, m *message, now float64) bool {
 	expired := sub.expires <= now
 	if expired && sub.renewal == nil {
 		sub.renewal = &renewal{} // the next sweep sends jwt-expired
@@ -2341,7 +2368,7 @@ func (h *hub) repeatSome() bool {
 		again := lib.newest.copyAcceptedAt(uptime)
 		for c, sub := range lib.subscriptions {
 			if c.desktop {
-				h.send(&b, sub, again, now)
+				h.sendOrKeep(&b, sub, again, now)
 				n++
 			}
 		}
@@ -2375,7 +2402,7 @@ func (h *hub) repeatToFirstNewcomer(b *batch) {
 	newer := lib.newest != first.update && lib.newest != nil // nil: it was forgotten meanwhile
 	if lib.subscriptions[sub.client] == sub && !newer {
 		again := first.update.copyAcceptedAt(h.clock.uptime())
-		h.send(b, sub, again, unixSeconds(h.clock.wall()))
+		h.sendOrKeep(b, sub, again, unixSeconds(h.clock.wall()))
 	}
 }
 
@@ -2755,30 +2782,20 @@ type frameReader interface {
 	HeaderReader() io.Reader
 }
 
-// enqueue puts m into the outbox. It reports whether m was taken, and whether the caller
-// must write. A client that is too slow for m, or that cannot take it, is closed instead:
-// it must not miss m without knowing.
+// enqueue puts m into the outbox. It reports whether m was taken, and whether the caller must
+// write. A client that cannot take m is closed instead: it must not miss m without knowing.
 func (c *client) enqueue(m *message) (taken, mustWrite bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closing != "" {
 		return false, false
 	}
-	taken = true
 	if m.isUpdate {
 		c.dropOlderUpdates(m.repoID)
 	}
-	switch {
-	case c.desktop && len(m.frame)-m.header > desktopSize:
-		m = closeFrame(statusRestart, "too-long", "an event is too long for this client")
-		taken = false
-	case m.closeReason == "" && c.isFull(len(m.frame)):
-		c.outbox = c.outbox[:min(1, len(c.outbox))] // the first may be halfway out
-		m = closeFrame(statusTryLater, outboxFull, "too slow")
-		taken = false
-	}
-	if m.closeReason != "" {
-		c.closing = m.closeReason
+	admitted := c.admit(m)
+	if admitted.closeReason != "" {
+		c.closing = admitted.closeReason
 		c.drained = make(chan struct{})
 		c.conn.SetReadDeadline(time.Now().Add(closeWait))
 	}
@@ -2786,9 +2803,24 @@ func (c *client) enqueue(m *message) (taken, mustWrite bool) {
 	if mustWrite {
 		c.writingSince = c.hub.clock.uptime()
 	}
-	c.outbox = append(c.outbox, m)
-	c.outboxSize += len(m.frame)
-	return taken, mustWrite
+	c.outbox = append(c.outbox, admitted)
+	c.outboxSize += len(admitted.frame)
+	return admitted == m, mustWrite
+}
+
+// admit returns m, or the close frame to send in its place: m is too long for the client, or
+// the client is too slow for m. mu must be held.
+func (c *client) admit(m *message) *message {
+	switch {
+	case m.closeReason != "":
+		return m
+	case c.desktop && len(m.payload()) > desktopSize:
+		return closeFrame(statusRestart, "too-long", "an event is too long for this client")
+	case c.isFull(len(m.frame)):
+		c.outbox = c.outbox[:min(1, len(c.outbox))] // the first may be halfway out
+		return closeFrame(statusTryLater, outboxFull, "too slow")
+	}
+	return m
 }
 
 // isFull reports whether the outbox has no room for a frame of size bytes. mu must be held.
@@ -2828,7 +2860,7 @@ func writeAll(clients []*client) {
 // writeOutbox writes what the socket takes at once. If that is not all, a goroutine
 // writes the rest.
 func (c *client) writeOutbox() {
-	defer c.recoverPanic()
+	defer c.endOnPanic()
 	for data := c.advance(0); data != nil; {
 		n := 0
 		c.raw.Write(func(fd uintptr) bool {
@@ -2847,7 +2879,7 @@ func (c *client) writeOutbox() {
 // writeRest writes the outbox and waits for the client as long as it must. hub.sweep ends
 // it when nothing was written for too long.
 func (c *client) writeRest() {
-	defer c.recoverPanic()
+	defer c.endOnPanic()
 	for data := c.advance(0); data != nil; {
 		n, err := c.conn.Write(data[:min(len(data), writeChunk)])
 		if err != nil {
@@ -2954,7 +2986,7 @@ func (c *client) waitDrained() {
 // frame is read: a stack that has grown shrinks late, and so this one stays at 2 KiB instead
 // of 8, which is a quarter of the memory of an idle client.
 func (c *client) serve() {
-	defer c.recoverPanic()
+	defer c.endOnPanic()
 	defer c.inTurn(c.end)
 	done := make(chan error)
 	for {
@@ -3004,8 +3036,8 @@ func (c *client) end() {
 	lg.debugf("%s: disconnected: %s", c.name, reason)
 }
 
-// recoverPanic, deferred, ends this connection alone when there is a bug.
-func (c *client) recoverPanic() {
+// endOnPanic, deferred, ends this connection alone when there is a bug.
+func (c *client) endOnPanic() {
 	if p := recover(); p != nil {
 		logPanic(c.hub.log, c.name, p)
 		c.abort("panic")
@@ -3103,7 +3135,8 @@ func (c *client) readHeader() (frameHeader, io.Reader, error) {
 func (h *frameHeader) check(opcode byte) error {
 	switch {
 	case h.reserved:
-		return refuse(statusProtocol, "protocol", "reserved bits are set, but no extension was agreed on")
+		return refuse(statusProtocol, "protocol",
+			"reserved bits are set, but no extension was agreed on")
 	case h.opcode > opBinary && !h.control() || h.opcode > opPong:
 		return refuse(statusProtocol, "protocol", "unknown opcode")
 	case !h.masked:
@@ -3287,7 +3320,7 @@ func (c *client) handleMessage(data []byte) error {
 	}
 	for _, repo := range repos {
 		if kind == "subscribe" {
-			if err := c.subscribe(repo.id, repo.token); err != nil {
+			if err := c.handleSubscription(repo); err != nil {
 				return err
 			}
 			continue
@@ -3353,22 +3386,22 @@ func parseRepo(element []byte) (repo repoToken, err error) {
 	return repo, err
 }
 
-// subscribe answers a token that does not hold with jwt-expired. It returns an error when
-// that was the last of too many in a row.
-func (c *client) subscribe(repoID, token string) error {
+// handleSubscription subscribes, or answers a token that does not hold with jwt-expired. It
+// returns an error when that was the last of too many in a row.
+func (c *client) handleSubscription(repo repoToken) error {
 	lg := c.hub.log
-	cl, err := c.handler.verifier.verifySubscription(token, repoID)
+	cl, err := c.handler.verifier.verifySubscription(repo.token, repo.id)
 	if err == nil {
 		c.trust()
 	}
 	if err == nil && !c.hub.subscribe(c, cl) {
-		lg.debugf("%s: the token for %q ends no later than the one that ran out", c.name, repoID)
-		c.send(expiredFrame(repoID))
+		lg.debugf("%s: the token for %q ends no later than the one that ran out", c.name, repo.id)
+		c.send(expiredFrame(repo.id))
 		return nil
 	}
 	if err == nil {
 		c.refused = 0
-		lg.debugf("%s: subscribed to %q, user %q", c.name, repoID, cl.username)
+		lg.debugf("%s: subscribed to %q, user %q", c.name, repo.id, cl.username)
 		return nil
 	}
 	r := c.handler.logRefusal("a subscription", c.name, c.isCheck, err)
@@ -3376,8 +3409,8 @@ func (c *client) subscribe(repoID, token string) error {
 	if wasGood {
 		c.trust()
 	}
-	c.hub.expire(c, repoID)
-	m := expiredFrame(repoID)
+	c.hub.expire(c, repo.id)
+	m := expiredFrame(repo.id)
 	lg.debugf("to %s: %s", c.name, m.payload())
 	c.send(m)
 	if wasGood {
@@ -3440,7 +3473,9 @@ type handler struct {
 	turns      chan struct{} // likewise for each stranger that has a turn, see takeTurn
 }
 
-func newHandler(h *hub, v *verifier, g *groups, lg *logger, m *metrics, clk clock) *handler {
+func newHandler(
+	h *hub, v *verifier, g *groups, lg *logger, m *metrics, clk clock, places int,
+) *handler {
 	handler := &handler{
 		hub:        h,
 		verifier:   v,
@@ -3448,7 +3483,7 @@ func newHandler(h *hub, v *verifier, g *groups, lg *logger, m *metrics, clk cloc
 		log:        lg,
 		metrics:    m,
 		clock:      clk,
-		maxClients: int64(maxClients()),
+		maxClients: int64(places),
 		slots:      make(chan struct{}, maxSlots),
 		turns:      make(chan struct{}, max(runtime.GOMAXPROCS(0)/2, 1)),
 	}
@@ -3456,8 +3491,9 @@ func newHandler(h *hub, v *verifier, g *groups, lg *logger, m *metrics, clk cloc
 	return handler
 }
 
-// takeTurn waits until a stranger's frame may be handled, and returns the function that ends
-// the turn. Strangers take at most half of the processors, so that events are not held up.
+// takeTurn waits until it is a stranger's turn, and returns the function that ends the turn. Its
+// frames, its refusal and its end are handled in turns. So strangers take at most half of the
+// processors, and an event does not wait behind thousands that come or leave at once.
 // A turn is short: its holder never blocks.
 func (h *handler) takeTurn() func() {
 	h.turns <- struct{}{}
@@ -3496,7 +3532,8 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "events":
 		err = h.serveEvent(w, r)
 	default:
-		err = refuse(404, "not-found", "not found: the notification server answers /, /ping and /events")
+		err = refuse(http.StatusNotFound, "not-found",
+			"not found: the notification server answers /, /ping and /events")
 	}
 	if err != nil {
 		h.writeRefusal(w, r, err)
@@ -3514,7 +3551,8 @@ func checkMethod(w http.ResponseWriter, r *http.Request, allowed ...string) (don
 		w.WriteHeader(http.StatusNoContent)
 		return true, nil
 	}
-	return false, refuse(405, "bad-method", "the method must be %s", strings.Join(allowed, ", "))
+	return false, refuse(http.StatusMethodNotAllowed, "bad-method",
+		"the method must be %s", strings.Join(allowed, ", "))
 }
 
 func (h *handler) servePing(w http.ResponseWriter, r *http.Request) error {
@@ -3535,13 +3573,13 @@ func (h *handler) writeRefusal(w http.ResponseWriter, r *http.Request, err error
 	refused := h.logRefusal(what, peer(r), r.UserAgent() == checkAgent, err)
 	header := w.Header()
 	switch refused.status {
-	case 401:
+	case http.StatusUnauthorized:
 		header.Set("WWW-Authenticate", "Token")
-	case 426:
+	case http.StatusUpgradeRequired:
 		header.Set("Upgrade", "websocket")
 		header.Set("Connection", "Upgrade")
 		header.Set("Sec-WebSocket-Version", "13")
-	case 503:
+	case http.StatusServiceUnavailable:
 		header.Set("Retry-After", "60")
 		header.Set("Connection", "close") // it must not keep a reserved descriptor
 	}
@@ -3559,7 +3597,7 @@ func (h *handler) writeRefusal(w http.ResponseWriter, r *http.Request, err error
 func (h *handler) logRefusal(what, from string, isCheck bool, err error) *refusal {
 	var r *refusal
 	if !errors.As(err, &r) {
-		r = refuse(500, "internal", "internal error: %v", err)
+		r = refuse(http.StatusInternalServerError, "internal", "internal error: %v", err)
 	}
 	key := what + " " + r.reason
 	if isCheck && checkProvokes(r.reason) {
@@ -3611,10 +3649,10 @@ func (h *handler) serveEvent(w http.ResponseWriter, r *http.Request) error {
 	}
 	ev, err := parseEvent(body)
 	if err != nil {
-		return refuse(400, "bad-event", "%v", err)
+		return refuse(http.StatusBadRequest, "bad-event", "%v", err)
 	}
 	if cl.repoID != "" && cl.repoID != ev.repoID {
-		return refuse(403, "other-library", "the token is for another library")
+		return refuse(http.StatusForbidden, "other-library", "the token is for another library")
 	}
 	h.metrics.events.add(ev.kind)
 	subscribers, waits := h.hub.publish(ev)
@@ -3636,7 +3674,7 @@ func tokenOfEvent(r *http.Request) (string, error) {
 	}
 	token = strings.TrimSpace(token)
 	if token == "" {
-		return "", refuse(401, "no-token",
+		return "", refuse(http.StatusUnauthorized, "no-token",
 			"there is no token in Authorization: Token or in Seafile-Repo-Token")
 	}
 	return token, nil
@@ -3651,9 +3689,11 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	var tooBig *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooBig):
-		return nil, refuse(413, "too-big", "the event is longer than 1 MiB")
+		return nil, refuse(http.StatusRequestEntityTooLarge, "too-big",
+			"the event is longer than 1 MiB")
 	case err != nil:
-		return nil, refuse(400, "bad-event", "the event did not come in whole: %v", err)
+		return nil, refuse(http.StatusBadRequest, "bad-event",
+			"the event did not come in whole: %v", err)
 	}
 	return body.Bytes(), nil
 }
@@ -3820,8 +3860,9 @@ func (h *handler) serveClient(w http.ResponseWriter, r *http.Request) error {
 	}
 	if h.clients.Add(1) > h.maxClients {
 		h.clients.Add(-1)
-		return refuse(503, "full", "%d clients are connected; the limit of open files allows no more: "+
-			"raise it (ulimit -n, LimitNOFILE=)", h.maxClients)
+		return refuse(http.StatusServiceUnavailable, "full",
+			"%d clients are connected; the limit of open files allows no more: raise it (ulimit "+
+				"-n, LimitNOFILE=)", h.maxClients)
 	}
 	c := &client{
 		hub:     h.hub,
@@ -3881,24 +3922,28 @@ func answerUpgrade(w http.ResponseWriter, r *http.Request, c *client) {
 // without proxy_http_version.
 func checkUpgrade(r *http.Request) error {
 	if !hasWord(r.Header, "Connection", "upgrade") || !hasWord(r.Header, "Upgrade", "websocket") {
-		return refuse(426, "no-websocket", "This is Seafile's notification server. "+
-			"Its clients connect here by WebSocket; this request does not. "+
-			"To check that it works, ask for /ping, or run notification-server -c DIR -check URL. "+
-			"If a client got this, its proxy does not pass on the headers Upgrade and Connection.")
+		return refuse(http.StatusUpgradeRequired, "no-websocket",
+			"This is Seafile's notification server. Its clients connect here by WebSocket; this "+
+				"request does not. To check that it works, ask for /ping, or run "+
+				"notification-server -c DIR -check URL. If a client got this, its proxy does not "+
+				"pass on the headers Upgrade and Connection.")
 	}
 	if r.Method != "GET" {
-		return refuse(426, "no-websocket",
+		return refuse(http.StatusUpgradeRequired, "no-websocket",
 			"A WebSocket needs GET, but this request came by %s.", r.Method)
 	}
 	if r.ContentLength != 0 {
-		return refuse(400, "no-websocket", "An upgrade to WebSocket must not have a body.")
+		return refuse(http.StatusBadRequest, "no-websocket",
+			"An upgrade to WebSocket must not have a body.")
 	}
 	if !hasWord(r.Header, "Sec-WebSocket-Version", "13") {
-		return refuse(426, "no-websocket", "Sec-WebSocket-Version must be 13")
+		return refuse(http.StatusUpgradeRequired, "no-websocket",
+			"Sec-WebSocket-Version must be 13")
 	}
 	key, err := base64.StdEncoding.DecodeString(r.Header.Get("Sec-WebSocket-Key"))
 	if err != nil || len(key) != 16 {
-		return refuse(400, "no-websocket", "Sec-WebSocket-Key must be 16 bytes in base64")
+		return refuse(http.StatusBadRequest, "no-websocket",
+			"Sec-WebSocket-Key must be 16 bytes in base64")
 	}
 	return nil
 }
@@ -4062,7 +4107,8 @@ func trackPlain(conn net.Conn, state http.ConnState) {
 func (c *plainConn) Write(p []byte) (int, error) {
 	if bytes.HasPrefix(p, []byte("HTTP/1.1 431 ")) {
 		c.limit.handler.logRefusal("a request", c.RemoteAddr().String(), false,
-			refuse(431, "head-too-long", "its head is longer than %d KiB", maxHead>>10))
+			refuse(http.StatusRequestHeaderFieldsTooLarge, "head-too-long",
+				"its head is longer than %d KiB", maxHead>>10))
 	}
 	return c.Conn.Write(p)
 }
@@ -4169,7 +4215,7 @@ func (g *groups) answer(ctx context.Context, group int64, q *question) {
 		close(q.done)
 	}()
 	q.err = errors.New("a bug in this server: see the log")
-	q.members, q.err = g.ask(ctx, group, q)
+	q.members, q.err = g.askSeafServer(ctx, group, q)
 }
 
 // markSent says that seaf-server may answer q from now on.
@@ -4179,8 +4225,10 @@ func (g *groups) markSent(q *question) {
 	q.sent = true
 }
 
-// ask asks seaf-server, when it is its turn.
-func (g *groups) ask(ctx context.Context, group int64, q *question) (map[string]bool, error) {
+// askSeafServer asks seaf-server, when it is its turn.
+func (g *groups) askSeafServer(
+	ctx context.Context, group int64, q *question,
+) (map[string]bool, error) {
 	select {
 	case g.turns <- struct{}{}:
 		defer func() { <-g.turns }()
@@ -4336,7 +4384,7 @@ type checker struct {
 	out      io.Writer
 	client   *http.Client
 	cfg      *config
-	urls     []string          // by which clients come, one for each server, without a slash at the end
+	urls     []string          // by which clients come, one for each server; no slash at the end
 	own      string            // URL of the server that cfg describes
 	events   string            // URL to which senders post
 	repoID   string            // random, so that no real client is disturbed
@@ -4355,7 +4403,7 @@ type checker struct {
 type checkStep struct {
 	name  string
 	needs string // a step that must have worked before, or ""
-	try   func(ctx context.Context) (string, error)
+	do    func(ctx context.Context) (string, error)
 }
 
 // runCheck checks the server that the configuration in path describes, at the URLs by which
@@ -4378,7 +4426,7 @@ func runCheck(path string, urls []string, getenv func(string) string, stdout io.
 		{"group members", "configuration", c.groupMembers},
 		{"connection", "event", c.connection},
 	} {
-		c.run(ctx, step)
+		c.try(ctx, step)
 	}
 	if c.failed {
 		c.print("It does not work: the first cross says why.")
@@ -4419,15 +4467,15 @@ func trimPing(url string) string {
 	return strings.TrimSuffix(strings.TrimRight(url, "/"), "/ping")
 }
 
-// run does a step and prints a line for what it found, or for each line of its error, and its
+// try does a step and prints a line for what it found, or for each line of its error, and its
 // notes below.
-func (c *checker) run(ctx context.Context, step checkStep) {
+func (c *checker) try(ctx context.Context, step checkStep) {
 	if !c.good[step.needs] || c.late || step.name == "forgery" && c.unposted {
 		c.print("- %s: not tried, since a step before it failed", step.name)
 		return
 	}
 	c.notes = nil
-	text, err := step.try(ctx)
+	text, err := step.do(ctx)
 	end, _ := ctx.Deadline()
 	if err != nil && !time.Now().Before(end) {
 		c.late = true // what err says is wrong then
@@ -4493,8 +4541,8 @@ func (c *checker) senders(context.Context) (string, error) {
 	}
 	url := c.fileURL()
 	c.noteElsewhere(url)
-	return fmt.Sprintf("Seafile 10 to 12, by file: seaf-server needs enabled = true, host and port "+
-		"in [notification] of %s; it posts to %s", c.cfg.file, url), nil
+	return fmt.Sprintf("Seafile 10 to 12, by file: seaf-server needs enabled = true, host and "+
+		"port in [notification] of %s; it posts to %s", c.cfg.file, url), nil
 }
 
 // sendersByEnvironment is for Seafile 12 to 14. The variables are those of the senders, which
@@ -4503,12 +4551,13 @@ func (c *checker) sendersByEnvironment() (string, error) {
 	enable, inner := c.cfg.senders.enableVariable, c.cfg.senders.innerURL
 	var faults []error
 	if enable != "" && enable != "true" {
-		faults = append(faults, fmt.Errorf("environment variable ENABLE_NOTIFICATION_SERVER is %q: "+
-			"seaf-server posts no events with that: set it to true, and restart Seafile", enable))
+		faults = append(faults, fmt.Errorf("environment variable ENABLE_NOTIFICATION_SERVER is "+
+			"%q: seaf-server posts no events with that: set it to true, and restart Seafile",
+			enable))
 	}
 	if inner != "" && !isHTTP(inner) {
-		faults = append(faults, fmt.Errorf("environment variable INNER_NOTIFICATION_SERVER_URL is %q: "+
-			"no URL to which seaf-server can post: write it as http://notification-server:%s",
+		faults = append(faults, fmt.Errorf("environment variable INNER_NOTIFICATION_SERVER_URL is "+
+			"%q: no URL to which seaf-server can post: write it as http://notification-server:%s",
 			inner, c.cfg.port))
 	}
 	if faults != nil {
@@ -4534,8 +4583,8 @@ func (c *checker) noteElsewhere(url string) {
 	if c.isListenedAt(url) {
 		return
 	}
-	c.notes = append(c.notes, fmt.Sprintf("note: senders post to %s, but the server listens on %s: "+
-		"events get lost unless something there passes them on",
+	c.notes = append(c.notes, fmt.Sprintf("note: senders post to %s, but the server listens on "+
+		"%s: events get lost unless something there passes them on",
 		url, net.JoinHostPort(c.cfg.host, c.cfg.port)))
 }
 
@@ -4599,13 +4648,13 @@ func (c *checker) ping(ctx context.Context) (string, error) {
 }
 
 func (c *checker) pingOne(ctx context.Context, url string) error {
-	a, err := c.ask(ctx, "GET", url, "", http.Header{})
+	a, err := c.request(ctx, "GET", url, "", http.Header{})
 	if err != nil {
 		return err
 	}
 	if c.direct && !strings.Contains(a.text, `"pong"`) {
-		return fmt.Errorf("another service listens there: %s answers %d, but not pong: "+
-			"stop it, or correct host (%s) and port (%s)", url, a.status, c.cfg.hostFrom, c.cfg.portFrom)
+		return fmt.Errorf("another service listens there: %s answers %d, but not pong: stop it, "+
+			"or correct host (%s) and port (%s)", url, a.status, c.cfg.hostFrom, c.cfg.portFrom)
 	}
 	if err := c.answeredByProxy(a); err != nil {
 		return err
@@ -4615,11 +4664,11 @@ func (c *checker) pingOne(ctx context.Context, url string) error {
 		return fmt.Errorf("%s answers 400, since that port speaks TLS: "+
 			"give the URL with https://", url)
 	case a.status == http.StatusUnauthorized || a.status == http.StatusForbidden:
-		return fmt.Errorf("%s answers %d: the proxy asks for a password, or blocks it: "+
-			"let it do neither for /notification, since clients have no password to give", url, a.status)
+		return fmt.Errorf("%s answers %d: the proxy asks for a password, or blocks it: let it do "+
+			"neither for /notification, since clients have no password to give", url, a.status)
 	case a.isPage():
-		return fmt.Errorf("%s answers %d with a web page: Seahub or another service answers: "+
-			"the proxy's rule for /notification is missing, or comes after the one for /", url, a.status)
+		return fmt.Errorf("%s answers %d with a web page: Seahub or another service answers: the "+
+			"proxy's rule for /notification is missing, or comes after the one for /", url, a.status)
 	case !strings.Contains(a.text, `"pong"`):
 		return fmt.Errorf("%s answers %d, but not pong: another service listens there: "+
 			"correct host and port, here or in the proxy's rule", url, a.status)
@@ -4648,7 +4697,7 @@ func (c *checker) upgrade(ctx context.Context) (string, error) {
 
 // upgradeOne sends an upgrade with the header that tells what kind of client asks.
 func (c *checker) upgradeOne(ctx context.Context, url, kind, name, value string) error {
-	a, err := c.ask(ctx, "GET", url, "", http.Header{
+	a, err := c.request(ctx, "GET", url, "", http.Header{
 		"Connection":            {"Upgrade"},
 		"Upgrade":               {"websocket"},
 		"Sec-Websocket-Version": {"13"},
@@ -4660,9 +4709,10 @@ func (c *checker) upgradeOne(ctx context.Context, url, kind, name, value string)
 	}
 	// Seahub answers 200 with a page, and Caddy without a body where it has no rule.
 	if a.status == http.StatusNotFound || a.status == http.StatusOK || a.redirectsElsewhere() {
-		return fmt.Errorf("%s answers %d, although %s/ping goes through: "+
-			"the proxy's rule lets only what is below /notification through: write it for /notification, too "+
-			"(Caddy: handle_path /notification* instead of handle_path /notification/*)", url, a.status, url)
+		return fmt.Errorf("%s answers %d, although %s/ping goes through: the proxy's rule lets "+
+			"only what is below /notification through: write it for /notification, too (Caddy: "+
+			"handle_path /notification* instead of handle_path "+
+			"/notification/*)", url, a.status, url)
 	}
 	if err := c.answeredByProxy(a); err != nil {
 		return err
@@ -4690,12 +4740,13 @@ func (c *checker) subscription(ctx context.Context) (string, error) {
 		answer := receive(ctx, ws)
 		switch {
 		case !strings.Contains(answer, "jwt-expired"):
-			return "", fmt.Errorf("%s answers %.60q to a broken token, not jwt-expired: "+
-				"another service listens there: correct host and port, here or in the proxy's rule", url, answer)
+			return "", fmt.Errorf("%s answers %.60q to a broken token, not jwt-expired: another "+
+				"service listens there: correct host and port, here or in the proxy's rule",
+				url, answer)
 		case strings.Contains(answer, c.repoID):
-			return "", fmt.Errorf("%s refuses a token signed with this key: "+
-				"the running server has another jwt_private_key (restart Seafile, so that all its programs "+
-				"read the same one), or its clock is ahead by minutes: see its log", url)
+			return "", fmt.Errorf("%s refuses a token signed with this key: the running server "+
+				"has another jwt_private_key (restart Seafile, so that all its programs read the "+
+				"same one), or its clock is ahead by minutes: see its log", url)
 		}
 	}
 	return "a good token is accepted, a broken one is answered jwt-expired", nil
@@ -4748,13 +4799,13 @@ func (c *checker) event(ctx context.Context) (string, error) {
 		return "", err
 	}
 	if a.status != http.StatusOK {
-		return "", fmt.Errorf("%s answers %d to an event, not 200: %.300q: "+
-			"another service, or the server that Seafile ships, listens there", c.events, a.status, a.text)
+		return "", fmt.Errorf("%s answers %d to an event, not 200: %.300q: another service, or "+
+			"the server that Seafile ships, listens there", c.events, a.status, a.text)
 	}
 	for i, ws := range c.sessions {
 		if !strings.Contains(receive(ctx, ws), c.repoID) {
-			return "", fmt.Errorf("posted to %s and answered 200, but it did not come back over %s: "+
-				"they lead to different servers (in a cluster: nginx does not mirror events to it)",
+			return "", fmt.Errorf("posted to %s and answered 200, but it did not come back over "+
+				"%s: they lead to different servers (in a cluster: nginx does not mirror events to it)",
 				c.events, c.urls[i])
 		}
 	}
@@ -4779,11 +4830,12 @@ func (c *checker) forgery(ctx context.Context) (string, error) {
 			return "", err
 		case a.status == http.StatusForbidden:
 		case strings.Contains(a.text, "pong"):
-			return "", fmt.Errorf("%s: the first server of the cluster, which decides on events, is down, "+
-				"and another one answered in its place: start it", c.events)
+			return "", fmt.Errorf("%s: the first server of the cluster, which decides on events, "+
+				"is down, and another one answered in its place: start it", c.events)
 		default:
-			return "", fmt.Errorf("%s answers %d to an event posted with %s, not 403, so such events can be "+
-				"forged: another service, or the server that Seafile ships, listens there",
+			return "", fmt.Errorf("%s answers %d to an event posted with %s, not 403, so such "+
+				"events can be forged: another service, or the server that Seafile ships, listens "+
+				"there",
 				c.events, a.status, forged.token)
 		}
 	}
@@ -4795,7 +4847,7 @@ func (c *checker) forgery(ctx context.Context) (string, error) {
 func (c *checker) post(ctx context.Context, claims string) (*checkAnswer, error) {
 	body := fmt.Sprintf(`{"type":"file-lock-changed","content":{"repo_id":%q,"path":"/check",`+
 		`"change_event":"locked","lock_user":"check@example.com"}}`, c.repoID)
-	a, err := c.ask(ctx, "POST", c.events, body, http.Header{
+	a, err := c.request(ctx, "POST", c.events, body, http.Header{
 		"Authorization": {"Token " + sign(c.cfg.key, claims)},
 		"Content-Type":  {"application/json"},
 	})
@@ -4837,7 +4889,8 @@ func (c *checker) connection(ctx context.Context) (string, error) {
 			return "", fmt.Errorf("%s: the event came twice, or a forged one came: "+
 				"nginx mirrors it twice to this server, or it is not this server", c.urls[i])
 		case !strings.Contains(answer, "broken"):
-			return "", fmt.Errorf("%s: no answer after a ping: the proxy closes connections early", c.urls[i])
+			return "", fmt.Errorf("%s: no answer after a ping: the proxy closes connections early",
+				c.urls[i])
 		}
 	}
 	return "still open after a ping", nil
@@ -4861,8 +4914,8 @@ func (a *checkAnswer) redirectsElsewhere() bool {
 		strings.TrimRight(a.location.Path, "/") != strings.TrimRight(a.url.Path, "/")
 }
 
-// ask sends a request. An error says why there is no answer.
-func (c *checker) ask(
+// request sends a request. An error says why there is no answer.
+func (c *checker) request(
 	ctx context.Context, method, url, body string, header http.Header,
 ) (*checkAnswer, error) {
 	r, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
@@ -4932,22 +4985,23 @@ func hasAuthorities() bool {
 func (c *checker) answeredByProxy(a *checkAnswer) error {
 	switch {
 	case a.redirectsElsewhere():
-		return fmt.Errorf("%s redirects to %s, a web page: Seahub or another service answers: the proxy's "+
-			"rule for /notification is missing, or comes after the one for /", a.url, a.location)
+		return fmt.Errorf("%s redirects to %s, a web page: Seahub or another service answers: the "+
+			"proxy's rule for /notification is missing, or comes after the one for /",
+			a.url, a.location)
 	case a.location != nil && a.location.Path != a.url.Path:
-		return fmt.Errorf("%s redirects to %s, but clients do not follow: "+
-			"write the proxy's rule for /notification without a slash at its end", a.url, a.location)
+		return fmt.Errorf("%s redirects to %s, but clients do not follow: write the proxy's rule "+
+			"for /notification without a slash at its end", a.url, a.location)
 	case a.location != nil:
 		right := strings.TrimSuffix(trimPing(a.location.String()), "/events")
-		return fmt.Errorf("%s redirects to %s, but clients do not follow: "+
-			"give %s here, to the clients or in INNER_NOTIFICATION_SERVER_URL", a.url, a.location, right)
+		return fmt.Errorf("%s redirects to %s, but clients do not follow: give %s here, to the "+
+			"clients or in INNER_NOTIFICATION_SERVER_URL", a.url, a.location, right)
 	case a.status == http.StatusNotFound:
-		return fmt.Errorf("%s answers 404: the proxy's rule for /notification is missing or does not "+
-			"match, the URL lacks /notification, or another service listens there", a.url)
+		return fmt.Errorf("%s answers 404: the proxy's rule for /notification is missing or does "+
+			"not match, the URL lacks /notification, or another service listens there", a.url)
 	case a.status >= http.StatusBadGateway:
-		return fmt.Errorf("%s answers %d: the proxy cannot reach the notification server, which it must "+
-			"find at its host and port (by this configuration %s), or that has no room for more clients "+
-			"(see its log)", a.url, a.status, c.own)
+		return fmt.Errorf("%s answers %d: the proxy cannot reach the notification server, which "+
+			"it must find at its host and port (by this configuration %s), or that has no room "+
+			"for more clients (see its log)", a.url, a.status, c.own)
 	}
 	return nil
 }
@@ -5130,12 +5184,17 @@ func residentBytes() int64 {
 // ---- Log ----
 //
 // Lines that Seafile's log tools read. A caller puts its line into a queue and goes on; one
-// goroutine, logger.run, writes to files, so that a pipe that nobody reads, a FIFO or a disk
-// that hangs holds up nothing but the log. When the queue is full, lines are dropped and
+// goroutine, logger.writeLoop, writes to files, so that a pipe that nobody reads, a FIFO or a
+// disk that hangs holds up nothing but the log. When the queue is full, lines are dropped and
 // counted. No line holds what could break a line or a terminal, wherever its text comes from.
 //
+// INFO is the start with its settings, the stop, the metrics upon SIGUSR2, and what a self-check
+// is refused. WARNING is what is wrong with the configuration, and, at most once a minute for
+// each cause, what is refused, which client was too slow, and which group is not known. ERROR is
+// what ends the server or a part of it, and bugs. DEBUG is each connection and message.
+//
 // logger.mu guards the queue. It is held for moments: no other lock is taken under it, and
-// nothing is written. logger.close ends run, unless it hangs in a write.
+// nothing is written. logger.close ends writeLoop, unless that hangs in a write.
 
 const (
 	maxLogQueue   = 8 << 20                // bytes that wait, and as many that are being written
@@ -5155,12 +5214,12 @@ type logger struct {
 	uptime func() time.Duration
 	level  slog.LevelVar // lines below it are not logged
 
-	wakes  chan struct{} // asks run to look and to write
+	wakes  chan struct{} // asks writeLoop to look and to write
 	ending chan struct{} // closed by close
-	ended  chan struct{} // closed by run
+	ended  chan struct{} // closed by writeLoop
 	closed sync.Once
 
-	// For run alone.
+	// For writeLoop alone.
 	out        io.Writer
 	file       *os.File // the same, if it is the log file, else nil
 	taken      []byte   // from queue, to be written
@@ -5177,7 +5236,9 @@ type logger struct {
 // openLog returns a logger at level info that writes to standard output, or to the file at
 // path, or, if path is "" or "-", to standard error. A file that cannot be opened is tried
 // again every 5 s; until then the lines go to standard error.
-func openLog(path string, toStdout bool, stdout, stderr io.Writer, uptime func() time.Duration) *logger {
+func openLog(
+	path string, toStdout bool, stdout, stderr io.Writer, uptime func() time.Duration,
+) *logger {
 	lg := &logger{
 		stderr: stderr,
 		uptime: uptime,
@@ -5194,7 +5255,7 @@ func openLog(path string, toStdout bool, stdout, stderr io.Writer, uptime func()
 		lg.path = path
 	}
 	lg.wake() // so that it opens the file at once
-	go lg.run()
+	go lg.writeLoop()
 	return lg
 }
 
@@ -5245,10 +5306,7 @@ func (lg *logger) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// reopen looks at once whether the log file was renamed or removed.
-func (lg *logger) reopen() { lg.wake() }
-
-// wake has run look and write once more.
+// wake has writeLoop look at the path of the log file and write, once more.
 func (lg *logger) wake() {
 	select {
 	case lg.wakes <- struct{}{}:
@@ -5327,8 +5385,8 @@ func escape(text string) string {
 	return string(escaped) + text[done:]
 }
 
-// run opens the log file and writes what is queued, until close is called.
-func (lg *logger) run() {
+// writeLoop opens the log file and writes what is queued, until close is called.
+func (lg *logger) writeLoop() {
 	defer close(lg.ended)
 	ticks := time.NewTicker(logLookPeriod)
 	defer ticks.Stop()
