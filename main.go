@@ -2459,8 +2459,10 @@ func (h *hub) pingOrClose(b *batch, c *client, uptime time.Duration) {
 	case c.stalledSince(h.resumed, uptime, stalledAfter):
 		b.stalled = append(b.stalled, c)
 	case idle && h.idle < maxIdleClosed:
-		h.idle++
-		b.queue(c, closeFrame(statusPolicy, "idle", fmt.Sprintf("no subscription for %v", limit)))
+		m := closeFrame(statusPolicy, "idle", fmt.Sprintf("no subscription for %v", limit))
+		if b.queue(c, m) { // it is not being closed already
+			h.idle++
+		}
 	case uptime-max(heard, c.pinged) < pingAfter:
 	case c.unanswered >= unansweredMax:
 		b.queue(c, closeFrame(statusPolicy, "silent", "no frame for 60 s"))

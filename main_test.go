@@ -4736,6 +4736,40 @@ func TestNoSubscriptionForTwoMinutes(t *testing.T) {
 	talk(5*time.Minute, stays)
 }
 
+// So many clients without a subscription are closed in one sweep that events do not wait for it.
+func TestIdleClientsAreClosedInPortions(t *testing.T) {
+	t.Parallel()
+	uptime := time.Duration(0)
+	clk := clock{time.Now, func() time.Duration { return uptime }}
+	lg := openLog("-", false, io.Discard, io.Discard, clk.uptime)
+	defer lg.close()
+	h := newHub(clk, lg, newMetrics(time.Now()), 2*maxIdleClosed)
+	for range 2*maxIdleClosed + 100 {
+		h.add(&client{hub: h, conn: &net.TCPConn{}, raw: deafConn{}})
+	}
+	for ; uptime < idleLimitFull; uptime += sweepInterval {
+		h.sweep()
+	}
+	for sweep, want := range []int{maxIdleClosed, 2 * maxIdleClosed, 2*maxIdleClosed + 100} {
+		h.sweep()
+		uptime += sweepInterval
+		closed := 0
+		for _, c := range h.clients {
+			if c.isClosing() {
+				closed++
+			}
+		}
+		if closed != want {
+			t.Errorf("after sweep %d, %d clients are being closed, not %d", sweep, closed, want)
+		}
+	}
+}
+
+// A deafConn takes nothing.
+type deafConn struct{ syscall.RawConn }
+
+func (deafConn) Write(func(uintptr) bool) error { return nil }
+
 // Once for real: the binary, not asked to, pings a silent client, but not one that talks.
 func TestPingForReal(t *testing.T) {
 	t.Parallel()
