@@ -26,7 +26,7 @@
 //
 // # Which part refers to which
 //
-//	server → handler → hub → library → subscription → client → socket
+//	server → handler → hub ⇄ library ⇄ subscription ⇄ client → socket
 //	            ├→ verifier (tokens)
 //	            └→ groups (members)        all of them → metrics, logger
 //
@@ -37,7 +37,8 @@
 //	a client that reads slowly          client.admit; hub.pingOrClose if nothing moves
 //	a client that vanished              hub.pingOrClose, client.end
 //	a client that sends rubbish         frameHeader.check, client.handleMessage
-//	who writes to a socket              client.writeOutbox, writeRest; net/http until the upgrade
+//	who writes to a socket              client.writeOutbox, writeRest; before, net/http, and for the
+//	                                      answer to an upgrade x/net/websocket
 //	the last five seconds               server.stop, hub.closeAll
 //	what is logged at info              the head of the part Log
 //	a new type of event, setting        the constants at repoUpdate, config
@@ -45,26 +46,30 @@
 //
 // # Goroutines and what ends each
 //
-//	run, the loop of signals and ticks     a signal, or the listener's end
+//	server.loop: signals and ticks         a signal, or the listener's end
 //	http.Server.Serve, also for metrics    the listener's end
-//	net/http: one for each connection      its deadlines; an upgrade; shutdown
-//	client.serve: one for each client      a read error; client.abort causes one
-//	client.readFrames: one while frames    their end, a read error, or 20 s without
-//	  come that are no empty pings           a slot
+//	net/http: one for each connection,     its deadlines; an upgrade; shutdown
+//	  and one that waits for its next byte
+//	client.serve: one for each client      a read error, which client.abort causes; or both
+//	                                         close frames
+//	client.readFrames: while it handles    the end of what has come, a read error, or 20 s
+//	  other frames than empty pings          without a slot
 //	writeAll: a batch of clients           it never waits: it ends by itself
 //	client.writeRest: a slow client        all is written, or client.abort
-//	handler.findMembers: one for each      seaf-server's answer, or 5 s
-//	  group event that waits
+//	handler.findMembers: one for each      seaf-server's answer, or 5 s, or 10 s if the
+//	  group event that waits                 process was stopped meanwhile
+//	memoryReturner: one each 10 s          it ends by itself
+//	writeSoon: for standard error          its write; at most one hangs in it
 //	logger.writeLoop: one                  logger.close
 //
 // # Locks
 //
-// hub.mu guards the map, and the fields marked so in hub, client and event. A client's mu
-// guards its outbox, and may be taken while hub.mu is held; the reverse never happens.
-// metrics.mu may be taken under a client's mu. Each counter of metrics, groups,
-// plainLimit and the logger have a lock of their own, under which no other is taken.
-// No lock is held across a write to a socket or to the log. Sockets are closed under a
-// client's mu or plainLimit's.
+// hub.mu guards the map and all that is reached from it: libraries, subscriptions, renewals,
+// newcomers, and what says so in client and event. A client's mu guards its outbox and how it is
+// being closed, and may be taken while hub.mu is held; the reverse never happens. metrics.mu may
+// be taken under a client's mu. Each counter of metrics, groups, plainLimit and the logger have a
+// lock of their own, under which no other is taken. No lock is held across a write to a socket
+// or to the log.
 package main
 
 import (
@@ -175,7 +180,8 @@ type clock struct {
 
 func main() {
 	// This memory is never touched, and so takes none. But the garbage collector counts it and
-	// runs less often: an event costs 15 % less CPU (loadgen, 1,000 libraries).
+	// runs less often while the server is small: an event costs 15 % less CPU (loadgen, 1,000
+	// libraries). A higher GOGC would cost a large server its memory.
 	ballast := make([]byte, 16<<20)
 	start := time.Now()
 	uptime := func() time.Duration { return time.Since(start) }
@@ -206,8 +212,11 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer, cl
 		fmt.Fprint(stdout, manual)
 		return 0
 	case *version:
-		info, _ := debug.ReadBuildInfo()
-		fmt.Fprintln(stdout, "notification-server", info.Main.Version, info.GoVersion)
+		build := "(unknown version)"
+		if info, ok := debug.ReadBuildInfo(); ok {
+			build = info.Main.Version
+		}
+		fmt.Fprintln(stdout, "notification-server", build, runtime.Version())
 		return 0
 	case *dir == "":
 		fmt.Fprintf(stderr, "notification-server: -c DIR is missing\n%s", usage)
@@ -231,8 +240,9 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer, cl
 	return 0
 }
 
-// writeSoon writes text to w, but waits at most 100 ms, since perhaps nobody reads it.
-func writeSoon(w io.Writer, text string) {
+// writeSoon writes text to w, but waits at most 100 ms, since perhaps nobody reads it. It reports
+// whether it was written by then; if not, a goroutine hangs in the write.
+func writeSoon(w io.Writer, text string) bool {
 	written := make(chan struct{})
 	go func() {
 		defer close(written)
@@ -240,7 +250,9 @@ func writeSoon(w io.Writer, text string) {
 	}()
 	select {
 	case <-written:
+		return true
 	case <-time.After(100 * time.Millisecond):
+		return false
 	}
 }
 
@@ -281,23 +293,20 @@ func newServer(cfg *config, lg *logger, clk clock) *server {
 
 // serve runs a server until a signal stops it.
 func serve(dir string, getenv func(string) string, lg *logger, clk clock) error {
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGUSR1, syscall.SIGUSR2)
 	cfg, err := loadConfig(dir, getenv)
 	if err != nil {
 		return err
 	}
 	lg.setLevel(cfg.logLevel)
-	for _, text := range cfg.faults {
-		lg.warnf("%s", text)
-	}
-	for _, text := range cfg.warnings {
+	for _, text := range slices.Concat(cfg.faults, cfg.warnings) {
 		lg.warnf("%s", text)
 	}
 	if !cfg.enabled {
 		lg.infof("the notification server is disabled in %s: enabled = false", cfg.offFrom)
 		return nil
 	}
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGUSR1, syscall.SIGUSR2)
 	s := newServer(cfg, lg, clk)
 	ln, err := listen(cfg, getenv)
 	if err != nil {
@@ -348,7 +357,7 @@ func (s *server) serveMetrics() error {
 
 func (s *server) writeMetrics(w io.Writer) {
 	g := s.hub.gauges()
-	g.logLinesLost = s.log.linesLost()
+	g.logLinesDropped = s.log.linesDropped()
 	s.metrics.write(w, g)
 }
 
@@ -408,8 +417,8 @@ func (s *server) logMetrics() {
 	s.log.infof("metrics: %s", strings.Join(samples, " "))
 }
 
-// stop frees the port first, so that the next server can start, then answers the
-// requests in flight, then closes the clients. It takes less than 5 s.
+// stop frees the port first, so that the next server can start, then answers the requests in
+// flight, then closes all clients and waits for them. It takes less than 5 s.
 func (s *server) stop() {
 	if s.metricsListener != nil {
 		s.metricsListener.Close()
@@ -417,11 +426,6 @@ func (s *server) stop() {
 	s.clientListener.Close()
 	// net/http drops the requests that it has accepted but not read when it shuts down.
 	time.Sleep(unreadRequest)
-	s.shutdown()
-}
-
-// shutdown waits for requests, then closes all clients, and waits for them.
-func (s *server) shutdown() {
 	ctx, cancel := context.WithTimeout(context.Background(), requestsWait)
 	defer cancel()
 	s.http.Shutdown(ctx)
@@ -508,7 +512,7 @@ func (r *memoryReturner) tick(uptime time.Duration) {
 	var stats debug.GCStats
 	debug.ReadGCStats(&stats)
 	if stats.NumGC > r.collections {
-		debug.FreeOSMemory()
+		go debug.FreeOSMemory() // with many clients it takes longer than a tick
 		r.collections = stats.NumGC + 1
 	}
 }
@@ -526,12 +530,13 @@ func logPanic(lg *logger, what string, p any) {
 
 // ---- Configuration ----
 //
-// What the environment and seafile.conf say, and nothing else reads either. loadConfig
+// What the environment and seafile.conf say. Nothing else reads the file, and of the environment
+// nothing but systemd's variables. loadConfig
 // returns a config or an error, and logs nothing. It shows no key in any text. This
 // part has no lock and starts no goroutine.
 
 // A config is what the server needs to know. A new setting is a field here, a method like
-// readMetrics that configLoader.readSettings calls, and a line in the manual of -h.
+// readMetrics that configLoader.readSettings calls and puts into source, and a line in the manual.
 type config struct {
 	file       string // path of seafile.conf, whether it was read or not
 	source     string // for the start line: where each setting came from, in one line
@@ -595,7 +600,7 @@ func loadConfig(path string, getenv func(string) string) (*config, error) {
 
 // loadConfigIn is loadConfig for tests, with another directory in the place of /run.
 func loadConfigIn(path string, getenv func(string) string, run string) (*config, error) {
-	l := &configLoader{cfg: &config{enabled: true}, getenv: getenv, run: run}
+	l := &configLoader{cfg: &config{enabled: true}, getenv: getenv, runDir: run}
 	if err := l.locate(path); err != nil {
 		return nil, err
 	}
@@ -656,7 +661,7 @@ func (s setting) from() string {
 type configLoader struct {
 	cfg    *config
 	getenv func(string) string
-	run    string              // /run, except in tests
+	runDir string              // /run, except in tests
 	dir    string              // the one that -c names
 	file   *keyFile            // nil if seafile.conf was not read
 	meant  map[string]keyValue // what file sets, as far as it can be told; by key
@@ -707,7 +712,7 @@ func (l *configLoader) findSockets() {
 		filepath.Join(l.dir, "seafile-server-latest/runtime"),
 		filepath.Join(l.dir, "../seafile-server-latest/runtime"),
 		filepath.Join(l.dir, "../seafile-data"),
-		filepath.Join(l.run, "seafile"))
+		filepath.Join(l.runDir, "seafile"))
 	for _, place := range places {
 		l.cfg.sockets = append(l.cfg.sockets, filepath.Join(place, "seafile.sock"))
 	}
@@ -826,7 +831,7 @@ func readSmallFile(path string) (string, error) {
 func (l *configLoader) readFile() (setting, error) {
 	data, err := readSmallFile(l.cfg.file)
 	if errors.Is(err, os.ErrNotExist) {
-		secret := filepath.Join(l.run, "secrets/JWT_PRIVATE_KEY")
+		secret := filepath.Join(l.runDir, "secrets/JWT_PRIVATE_KEY")
 		if _, err := os.Stat(secret); err == nil {
 			return l.keyFromFile(secret, secret)
 		}
@@ -1453,8 +1458,8 @@ func trimASCII(s string) string {
 // ---- Tokens ----
 //
 // The check of JSON Web Tokens, and the reader of JSON that it shares with events
-// and client messages. This part knows the key and the time, and nothing of HTTP or
-// connections. It never tries another algorithm than HS256. It has no lock and no
+// and client messages. This part knows the key, the time, and with which status of
+// HTTP it refuses, and nothing of requests or connections. It never tries another algorithm than HS256. It has no lock and no
 // goroutine.
 
 const (
@@ -1589,7 +1594,7 @@ func splitToken(token string) (header, payload, signature []byte, err error) {
 			"the token is longer than %d bytes", maxToken)
 	}
 	parts := strings.Split(token, ".")
-	// The decoder skips line ends, and the signature covers what it does not skip.
+	// The decoder ignores line ends, so one token could be written in several ways.
 	if len(parts) != 3 || strings.ContainsAny(token, "\r\n") {
 		return nil, nil, nil, refuse(http.StatusUnauthorized, "malformed",
 			"the token is not three parts of base64url")
@@ -1817,8 +1822,8 @@ func jsonNumber(name, value []byte) (float64, error) {
 //
 // The map from repo ID to subscriptions, and the periodic work on them: updates that are sent
 // again, tokens that run out, pings, silence. Only its methods touch the map. It parses
-// nothing. While it is locked it logs nothing and writes to no socket: that follows in
-// batch.flush. hub.mu is held for less than a millisecond at a time, except for an event
+// nothing. Who holds its lock logs nothing and writes to no socket: batch.flush does so after it,
+// or another goroutine. hub.mu is held for less than a millisecond at a time, except for an event
 // with many subscribers: to queue it for 10,000 takes some milliseconds. hub.tick runs in
 // the main loop.
 
@@ -1857,11 +1862,11 @@ type hub struct {
 	resumed time.Duration // uptime at which the process ran on after it was stopped; likewise
 	idle    int           // clients that this sweep closes as idle; likewise
 
-	mu            sync.Mutex // guards all below, and what says so in client
-	libraries     map[string]*library
-	clients       []*client // in no order; each knows its index
-	subscriptions int
-	subscribed    int // libraries with a subscription
+	mu                  sync.Mutex // guards all below, and what says so in client
+	libraries           map[string]*library
+	clients             []*client // in no order; each knows its index
+	subscriptions       int
+	subscribedLibraries int // those with a subscription
 
 	updates    *list.List    // of *library: those with a remembered update, the oldest first
 	nextRepeat *list.Element // the first of updates that was not sent again; nil for none
@@ -1893,8 +1898,9 @@ type subscription struct {
 	renewal *renewal // nil until jwt-expired was sent, or the token ran out
 }
 
-// A renewal begins with jwt-expired and ends with the new subscription. Meanwhile the desktop
-// client ignores every event of the library (measured), so they are kept for it.
+// A renewal begins when jwt-expired is sent or the token runs out, and ends with the new
+// subscription, or when the old one is dropped. Meanwhile the desktop client ignores every event
+// of the library (measured), so they are kept for it.
 type renewal struct {
 	sent     bool          // jwt-expired
 	sentAt   time.Duration // uptime
@@ -2011,6 +2017,9 @@ func (h *hub) expire(c *client, repoID string) {
 	}
 	if sub := lib.subscriptions[c]; sub.renewal == nil {
 		sub.renewal = &renewal{sent: true, sentAt: h.clock.uptime()}
+		reminder := unixSeconds(h.clock.wall()) + (remindAfter + sweepInterval).Seconds()
+		sub.due = min(sub.due, reminder)
+		c.due = min(c.due, sub.due)
 	}
 }
 
@@ -2067,7 +2076,7 @@ func (h *hub) addSubscription(c *client, lib *library) *subscription {
 		lib.subscriptions = map[*client]*subscription{}
 	}
 	if len(lib.subscriptions) == 0 {
-		h.subscribed++
+		h.subscribedLibraries++
 	}
 	lib.subscriptions[c] = sub
 	c.subscriptions = append(c.subscriptions, sub)
@@ -2088,7 +2097,7 @@ func (h *hub) drop(sub *subscription) {
 	h.subscriptions--
 	if len(lib.subscriptions) == 0 {
 		lib.subscriptions = nil
-		h.subscribed--
+		h.subscribedLibraries--
 		h.dropWaiting(lib) // nobody is there to get it
 	}
 	h.forgetUnused(lib)
@@ -2157,14 +2166,10 @@ func (h *hub) sendOrKeep(b *batch, sub *subscription, m *message, now float64) b
 // must be held.
 func (h *hub) keep(sub *subscription, m *message) {
 	r, c := sub.renewal, sub.client
-	if m.isUpdate {
-		r.kept = slices.DeleteFunc(r.kept, func(old *message) bool {
-			if old.isUpdate {
-				c.kept--
-				c.keptSize -= len(old.frame)
-			}
-			return old.isUpdate
-		})
+	if i := slices.IndexFunc(r.kept, isUpdate); m.isUpdate && i >= 0 {
+		c.kept--
+		c.keptSize -= len(r.kept[i].frame)
+		r.kept = slices.Delete(r.kept, i, i+1)
 	}
 	if c.kept >= maxOutbox-1 || c.keptSize+len(m.frame) > maxOutboxSize {
 		r.overflow = true
@@ -2350,26 +2355,17 @@ func (h *hub) repeatSome() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	uptime, now := h.clock.uptime(), unixSeconds(h.clock.wall())
-	for range sweepBatch {
-		if len(h.newcomers) == 0 || h.newcomers[0].repeatAt > uptime {
-			break
-		}
+	for sent := 0; sent < sweepBatch && h.newcomerIsDue(uptime); sent++ {
 		h.repeatToFirstNewcomer(&b)
 	}
-	for n := 0; n < sweepBatch; n++ {
-		if h.nextRepeat == nil {
-			break
-		}
+	for sent := 0; sent < sweepBatch && h.repeatIsDue(uptime); sent++ {
 		lib := h.nextRepeat.Value.(*library)
-		if uptime-lib.updated < repeatAfter {
-			break
-		}
 		h.nextRepeat = h.nextRepeat.Next()
 		again := lib.newest.copyAcceptedAt(uptime)
 		for c, sub := range lib.subscriptions {
 			if c.desktop {
 				h.sendOrKeep(&b, sub, again, now)
-				n++
+				sent++
 			}
 		}
 	}
@@ -2380,14 +2376,16 @@ func (h *hub) repeatSome() bool {
 		}
 		h.forgetUpdate(oldest)
 	}
-	return h.moreDue(uptime)
+	return h.newcomerIsDue(uptime) || h.repeatIsDue(uptime)
 }
 
-// moreDue reports whether an update is to be sent again at uptime. mu must be held.
-func (h *hub) moreDue(uptime time.Duration) bool {
-	if len(h.newcomers) > 0 && h.newcomers[0].repeatAt <= uptime {
-		return true
-	}
+// newcomerIsDue reports whether a newcomer is to be sent an update again. mu must be held.
+func (h *hub) newcomerIsDue(uptime time.Duration) bool {
+	return len(h.newcomers) > 0 && h.newcomers[0].repeatAt <= uptime
+}
+
+// repeatIsDue reports whether an update is to be sent again. mu must be held.
+func (h *hub) repeatIsDue(uptime time.Duration) bool {
 	return h.nextRepeat != nil && uptime-h.nextRepeat.Value.(*library).updated >= repeatAfter
 }
 
@@ -2527,19 +2525,26 @@ func (h *hub) checkToken(b *batch, sub *subscription, uptime time.Duration, now 
 // closeAll closes all clients, spread over drainTime since all of them come back
 // together, and waits for the closing handshakes.
 func (h *hub) closeAll() {
-	h.mu.Lock()
-	clients := slices.Clone(h.clients)
-	h.mu.Unlock()
+	clients := h.allClients()
 	start := time.Now()
 	gap := min(time.Millisecond, drainTime/time.Duration(len(clients)+1))
 	for i, c := range clients {
 		time.Sleep(time.Until(start.Add(time.Duration(i) * gap)))
-		c.send(closeFrame(statusGoingAway, "shutdown", "the server is restarted"))
+		c.sendGoingAway()
+	}
+	for _, c := range h.allClients() { // also those that were just being accepted
+		c.sendGoingAway()
 	}
 	end := time.Now().Add(closeWait)
 	for h.gauges().connections > 0 && time.Now().Before(end) {
 		time.Sleep(2 * time.Millisecond)
 	}
+}
+
+func (h *hub) allClients() []*client {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.clients)
 }
 
 // gauges returns the figures of this moment.
@@ -2549,7 +2554,7 @@ func (h *hub) gauges() gauges {
 	return gauges{
 		connections:   len(h.clients),
 		subscriptions: h.subscriptions,
-		libraries:     h.subscribed,
+		libraries:     h.subscribedLibraries,
 		waiting:       h.waiting,
 		remembered:    h.updates.Len(),
 	}
@@ -2632,30 +2637,31 @@ func (b *batch) flush() {
 //
 // One WebSocket connection: the outbox of what waits to be written, the reading of
 // frames, the closing handshake (RFC 6455). It does not know the map: it calls
-// hub.subscribe, unsubscribe and remove, and asks its handler to check a token. client.mu
+// hub.subscribe, expire, unsubscribe and remove, and its handler to check a token. client.mu
 // guards the outbox; nobody holds it while writing. client.serve and the goroutine that it
 // starts for frames read. Whoever puts a message into an empty outbox writes, until the
 // outbox is empty again: there is one writer at a time.
 
 const (
-	subprotocol   = "notification.seafile.com" // the desktop client fails on any other
-	desktopSize   = 4096                       // bytes of a message that the desktop client parses
-	maxMessage    = 1 << 20                    // bytes of a client's message, and of an event
-	maxFirst      = 64 << 10                   // bytes of a stranger's message
-	longFirst     = 2 << 10                    // bytes beyond which such a message needs a slot
-	maxSlots      = 8                          // strangers that send a long message at a time
-	firstOutbox   = 8                          // messages in a stranger's outbox
-	firstOutSize  = 2 << 10                    // bytes of them
-	maxRepoID     = 256                        // bytes; Seafile's have 36
-	maxOutbox     = 1024                       // messages
-	maxOutboxSize = maxMessage + 64<<10        // bytes: a largest event behind some small messages
-	maxRefused    = 1000                       // subscriptions in a row, until the client is closed
-	readBuffer    = 512                        // bytes; a desktop client's subscribe has 323
-	writeChunk    = 16 << 10                   // bytes of one write to a slow client
-	sendBuffer    = 64 << 10                   // bytes in the kernel; see newClient
-	closeWait     = time.Second                // for the client's half of the closing handshake
-	slotWait      = 20 * time.Second           // for a slot
-	slotTime      = 3 * time.Second            // for a long message to come whole
+	subprotocol     = "notification.seafile.com" // the desktop client fails on any other
+	desktopSize     = 4096                       // bytes of a message that the desktop client parses
+	maxMessage      = 1 << 20                    // bytes of a client's message, and of an event
+	maxStranger     = 64 << 10                   // bytes of a stranger's message
+	longStranger    = 2 << 10                    // bytes beyond which such a message needs a slot
+	maxSlots        = 8                          // strangers that send a long message at a time
+	strangerOutbox  = 8                          // messages in a stranger's outbox
+	strangerOutSize = 2 << 10                    // bytes of them
+	maxRepoID       = 256                        // bytes; Seafile's have 36
+	maxOutbox       = 1024                       // messages
+	maxOutboxSize   = maxMessage + 64<<10        // bytes: a largest event behind some small messages
+	maxRefused      = 1000                       // subscriptions in a row, until the client is closed
+	readBuffer      = 512                        // bytes; a desktop client's subscribe has 323
+	writeChunk      = 16 << 10                   // bytes of one write to a slow client
+	sendBuffer      = 64 << 10                   // bytes in the kernel; see Hijack
+	closeWait       = time.Second                // for the client's half of the closing handshake
+	slotWait        = 20 * time.Second           // for a slot
+	slotTime        = 3 * time.Second            // for a long message of a stranger to come whole
+	messageTime     = 20 * time.Second           // for a message in fragments to come whole
 )
 
 // Opcodes of RFC 6455, section 5.2.
@@ -2690,6 +2696,8 @@ type message struct {
 	closeReason string        // of a close frame: for the metrics
 	accepted    time.Duration // of an event: uptime, 0 for what is no event
 }
+
+func isUpdate(m *message) bool { return m.isUpdate }
 
 func (m *message) payload() []byte { return m.frame[m.header:] }
 
@@ -2750,7 +2758,7 @@ type client struct {
 
 	heard atomic.Int64 // uptime of the last frame
 
-	mu           sync.Mutex    // guards down to drained
+	mu           sync.Mutex    // guards down to trusted
 	outbox       []*message    // the first is being written
 	outboxSize   int           // bytes in it
 	written      int           // bytes of the first
@@ -2819,7 +2827,8 @@ func (c *client) admit(m *message) *message {
 	case c.desktop && len(m.payload()) > desktopSize:
 		return closeFrame(statusRestart, "too-long", "an event is too long for this client")
 	case c.isFull(len(m.frame)):
-		c.outbox = c.outbox[:min(1, len(c.outbox))] // the first may be halfway out
+		// The first may be halfway out. The size does not matter any more.
+		c.outbox = c.outbox[:min(1, len(c.outbox))]
 		return closeFrame(statusTryLater, outboxFull, "too slow")
 	}
 	return m
@@ -2828,7 +2837,7 @@ func (c *client) admit(m *message) *message {
 // isFull reports whether the outbox has no room for a frame of size bytes. mu must be held.
 func (c *client) isFull(size int) bool {
 	if !c.trusted {
-		return len(c.outbox) >= firstOutbox || c.outboxSize+size > firstOutSize
+		return len(c.outbox) >= strangerOutbox || c.outboxSize+size > strangerOutSize
 	}
 	return len(c.outbox) >= maxOutbox || c.outboxSize+size > maxOutboxSize
 }
@@ -2849,6 +2858,11 @@ func (c *client) send(m *message) {
 	if _, mustWrite := c.enqueue(m); mustWrite {
 		c.writeOutbox()
 	}
+}
+
+// sendGoingAway tells c that the server stops, unless it is being closed already.
+func (c *client) sendGoingAway() {
+	c.send(closeFrame(statusGoingAway, "shutdown", "the server is restarted"))
 }
 
 // writeAll writes to each of the clients what its socket takes at once. The caller is
@@ -2988,8 +3002,9 @@ func (c *client) waitDrained() {
 // frame is read: a stack that has grown shrinks late, and so this one stays at 2 KiB instead
 // of 8, which is a quarter of the memory of an idle client.
 func (c *client) serve() {
-	defer c.endOnPanic()
+	defer recoverPanic(c.hub.log, c.name)
 	defer c.inTurn(c.end)
+	defer c.endOnPanic()
 	done := make(chan error)
 	for {
 		head, err := c.reader.Peek(2)
@@ -3021,10 +3036,10 @@ func (c *client) readFrames() error {
 
 // end forgets the client.
 func (c *client) end() {
+	defer c.handler.clients.Add(-1)
 	reason := c.abort("gone")
 	c.releaseSlot()
 	c.hub.remove(c)
-	c.handler.clients.Add(-1)
 	c.hub.metrics.closed.add(reason)
 	lg := c.hub.log
 	switch reason {
@@ -3168,10 +3183,8 @@ func (c *client) handleFrame(h frameHeader, payload io.Reader) error {
 			return errEnd
 		}
 		c.heard.Store(int64(c.hub.clock.uptime()))
-		if c.isStranger() {
-			defer c.handler.takeTurn()()
-		}
-		return c.handleControl(h.opcode, text)
+		c.inTurn(func() { err = c.handleControl(h.opcode, text) })
+		return err
 	}
 	if err := c.readPayload(h, payload); err != nil {
 		return err
@@ -3180,21 +3193,30 @@ func (c *client) handleFrame(h frameHeader, payload io.Reader) error {
 	if h.opcode != opContinuation {
 		c.opcode = h.opcode
 	}
+	switch {
+	case !h.final && h.opcode != opContinuation && !c.hasSlot:
+		c.setReadDeadline(time.Now().Add(messageTime)) // or fragments could be held for ever
+	case h.final && h.opcode == opContinuation:
+		c.setReadDeadline(time.Time{})
+	}
 	if !h.final {
 		return nil
 	}
+	return c.endMessage()
+}
+
+// endMessage does what the message says that has come whole.
+func (c *client) endMessage() (err error) {
 	text := c.message.Bytes()
 	opcode := c.opcode
 	c.message = bytes.Buffer{}
 	c.opcode = 0
 	defer c.releaseSlot()
-	if c.isStranger() {
-		defer c.handler.takeTurn()()
-	}
 	if opcode == opText && !utf8.Valid(text) {
 		return refuse(statusInvalid, "protocol", "a text message is not UTF-8")
 	}
-	return c.handleMessage(text)
+	c.inTurn(func() { err = c.handleMessage(text) })
+	return err
 }
 
 // handleControl answers a ping, and a close frame with the client's own status.
@@ -3239,18 +3261,18 @@ func (c *client) readPayload(h frameHeader, payload io.Reader) error {
 	limit := int64(maxMessage)
 	stranger := c.isStranger()
 	if stranger {
-		limit = maxFirst
+		limit = maxStranger
 	}
 	before := int64(c.message.Len())
 	if h.size > limit-before {
 		return refuse(statusTooBig, "too-big", "a message is longer than %d KiB", limit>>10)
 	}
-	if stranger && before+h.size > longFirst {
+	if stranger && before+h.size > longStranger {
 		if err := c.takeSlot(); err != nil {
 			return err
 		}
 	}
-	c.message.Grow(int(min(h.size, longFirst)) + bytes.MinRead)
+	c.message.Grow(int(min(h.size, longStranger)) + bytes.MinRead)
 	n, err := io.Copy(&c.message, payload)
 	if err != nil || n < h.size {
 		return errEnd
@@ -3289,7 +3311,7 @@ func (c *client) takeSlot() error {
 	select {
 	case c.handler.slots <- struct{}{}:
 	case <-time.After(slotWait):
-		return refuse(statusTryLater, "too-big", "too many long messages at once")
+		return refuse(statusTryLater, "no-slot", "too many long messages at once")
 	}
 	c.hasSlot = true
 	c.setReadDeadline(time.Now().Add(slotTime))
@@ -3347,7 +3369,7 @@ func parseClientMessage(data []byte) (kind string, repos []repoToken, err error)
 		return "", nil, fmt.Errorf("not a message: %w", err)
 	}
 	if kind != "subscribe" && kind != "unsubscribe" {
-		return "", nil, fmt.Errorf("unknown type %+.60q: subscribe or unsubscribe", kind)
+		return "", nil, fmt.Errorf("unknown type %s: subscribe or unsubscribe", quoted(kind))
 	}
 	found := false
 	err = eachMember(content, func(name, value []byte) error {
@@ -3361,8 +3383,11 @@ func parseClientMessage(data []byte) (kind string, repos []repoToken, err error)
 			return err
 		})
 	})
-	if err != nil || !found {
-		return "", nil, errors.New(`"content" must be {"repos":[{"id":...}]}`)
+	if err == nil && !found {
+		err = errors.New("there are no repos")
+	}
+	if err != nil {
+		return "", nil, fmt.Errorf(`"content" must be {"repos":[{"id":...}]}: %w`, err)
 	}
 	return kind, repos, nil
 }
@@ -3388,48 +3413,54 @@ func parseRepo(element []byte) (repo repoToken, err error) {
 	return repo, err
 }
 
-// handleSubscription subscribes, or answers a token that does not hold with jwt-expired. It
-// returns an error when that was the last of too many in a row.
+// handleSubscription subscribes, or answers jwt-expired to a token that does not hold. An error
+// ends the connection.
 func (c *client) handleSubscription(repo repoToken) error {
 	lg := c.hub.log
 	cl, err := c.handler.verifier.verifySubscription(repo.token, repo.id)
-	if err == nil {
-		c.trust()
+	if err != nil {
+		return c.refuseSubscription(repo.id, err)
 	}
-	if err == nil && !c.hub.subscribe(c, cl) {
+	c.trust()
+	c.refused = 0
+	if !c.hub.subscribe(c, cl) {
 		lg.debugf("%s: the token for %q ends no later than the one that ran out", c.name, repo.id)
 		c.send(expiredFrame(repo.id))
 		return nil
 	}
-	if err == nil {
-		c.refused = 0
-		lg.debugf("%s: subscribed to %q, user %q", c.name, repo.id, cl.username)
-		return nil
-	}
+	lg.debugf("%s: subscribed to %q, user %q", c.name, repo.id, cl.username)
+	return nil
+}
+
+// refuseSubscription answers a token that does not hold. It returns an error when that was the
+// last of too many in a row. Tokens that ran out do not count: a client that slept has one for
+// each library.
+func (c *client) refuseSubscription(repoID string, err error) error {
+	lg := c.hub.log
 	r := c.handler.logRefusal("a subscription", c.name, c.isCheck, err)
 	wasGood := r.reason == "expired" || r.reason == "long-expired"
 	if wasGood {
 		c.trust()
 	}
-	c.hub.expire(c, repo.id)
-	m := expiredFrame(repo.id)
+	c.hub.expire(c, repoID)
+	m := expiredFrame(repoID)
 	lg.debugf("to %s: %s", c.name, m.payload())
 	c.send(m)
 	if wasGood {
-		return nil // a client that slept has one for each library
+		return nil
 	}
-	if c.refused++; c.refused >= maxRefused {
-		lg.warnf("%s: closed after %d refused subscriptions in a row; the last one: %v",
-			c.name, c.refused, err)
-		return refuse(statusPolicy, "refused", "too many refused subscriptions")
+	if c.refused++; c.refused < maxRefused {
+		return nil
 	}
-	return nil
+	lg.warnOnce("too many refused", "%s: closed after %d refused subscriptions in a row; "+
+		"the last one: %v", c.name, c.refused, err)
+	return refuse(statusPolicy, "refused", "too many refused subscriptions")
 }
 
 // ---- HTTP handlers ----
 //
-// Requests: their paths, methods and limits, and the answers to them. Errors become an answer
-// in handler.writeRefusal, and nowhere else. A handler waits for its peer only to read the
+// Requests: their paths, methods and limits, and the answers to them. An error of a handler
+// becomes an answer in handler.writeRefusal, and nowhere else. A handler waits for its peer only to read the
 // body and to write the answer, 20 s at most; never for another client or for seaf-server.
 // handler.findMembers runs in a goroutine for each event that waits for group members, and
 // ends with the lookup. The lock of plainLimit guards the list of connections that are not
@@ -3521,6 +3552,7 @@ func newHTTPServer(h http.Handler, lg *logger) *http.Server {
 // ServeHTTP ignores repeated and trailing slashes and a leading /notification, since each
 // proxy rule in use leaves others.
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	defer h.abortOnPanic(r)
 	fields := strings.FieldsFunc(r.URL.Path, func(c rune) bool { return c == '/' })
 	if len(fields) > 0 && fields[0] == "notification" {
 		fields = fields[1:]
@@ -3542,8 +3574,16 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// checkMethod returns an error if the method is not one of allowed. OPTIONS, with which
-// HAProxy checks health, it answers with 204, and reports done.
+// abortOnPanic, deferred, ends the connection of a request alone when there is a bug.
+func (h *handler) abortOnPanic(r *http.Request) {
+	if p := recover(); p != nil {
+		logPanic(h.log, "a request from "+peer(r), p)
+		panic(http.ErrAbortHandler) // net/http closes the connection, and logs nothing
+	}
+}
+
+// checkMethod returns an error if the method is not one of allowed. It answers OPTIONS, with
+// which HAProxy checks health, and then reports done.
 func checkMethod(w http.ResponseWriter, r *http.Request, allowed ...string) (done bool, err error) {
 	if slices.Contains(allowed, r.Method) {
 		return false, nil
@@ -3757,7 +3797,8 @@ func (ev *event) isFor(user string) bool {
 	return ev.user == "" || ev.user == user
 }
 
-// The types of events. A new one is a constant here and a case in parseEvent.
+// The types of events. A new one is a constant here and in the case of parseEvent; setAudience
+// has to know it if it is not for all.
 const (
 	repoUpdate        = "repo-update"
 	fileLockChanged   = "file-lock-changed"
@@ -4146,9 +4187,9 @@ var errNoSocket = errors.New("start seaf-server, " +
 
 // groups asks seaf-server for the members of groups.
 type groups struct {
-	socket func() string // path of seafile.sock, "" if there is none
-	paths  []string      // where it may be, for an error
-	turns  chan struct{} // holds a value for each question that is being asked
+	socket    func() string // path of seafile.sock, "" if there is none
+	paths     []string      // where it may be, for an error
+	questions chan struct{} // holds a value for each one that is being asked
 
 	mu     sync.Mutex // guards asking
 	asking map[int64]*question
@@ -4164,10 +4205,10 @@ type question struct {
 
 func newGroups(socket func() string, paths []string) *groups {
 	return &groups{
-		socket: socket,
-		paths:  paths,
-		turns:  make(chan struct{}, maxQuestions),
-		asking: map[int64]*question{},
+		socket:    socket,
+		paths:     paths,
+		questions: make(chan struct{}, maxQuestions),
+		asking:    map[int64]*question{},
 	}
 }
 
@@ -4232,8 +4273,8 @@ func (g *groups) askSeafServer(
 	ctx context.Context, group int64, q *question,
 ) (map[string]bool, error) {
 	select {
-	case g.turns <- struct{}{}:
-		defer func() { <-g.turns }()
+	case g.questions <- struct{}{}:
+		defer func() { <-g.questions }()
 	case <-ctx.Done():
 		return nil, fmt.Errorf("too many questions wait for seaf-server: %w", ctx.Err())
 	}
@@ -4405,6 +4446,7 @@ type checker struct {
 type checkStep struct {
 	name  string
 	needs string // a step that must have worked before, or ""
+	posts bool   // a notification server must have answered a post
 	do    func(ctx context.Context) (string, error)
 }
 
@@ -4418,15 +4460,15 @@ func runCheck(path string, urls []string, getenv func(string) string, stdout io.
 	c := newChecker(path, urls, getenv, stdout)
 	defer c.close()
 	for _, step := range []checkStep{
-		{"configuration", "", c.configuration},
-		{"senders", "configuration", c.senders},
-		{"ping", "configuration", c.ping},
-		{"upgrade", "ping", c.upgrade},
-		{"subscription", "upgrade", c.subscription},
-		{"event", "subscription", c.event},
-		{"forgery", "ping", c.forgery},
-		{"group members", "configuration", c.groupMembers},
-		{"connection", "event", c.connection},
+		{name: "configuration", do: c.configuration},
+		{name: "senders", needs: "configuration", do: c.senders},
+		{name: "ping", needs: "configuration", do: c.ping},
+		{name: "upgrade", needs: "ping", do: c.upgrade},
+		{name: "subscription", needs: "upgrade", do: c.subscription},
+		{name: "event", needs: "subscription", do: c.event},
+		{name: "forgery", needs: "ping", do: c.forgery, posts: true},
+		{name: "group members", needs: "configuration", do: c.groupMembers},
+		{name: "connection", needs: "event", do: c.connection},
 	} {
 		c.try(ctx, step)
 	}
@@ -4472,7 +4514,7 @@ func trimPing(url string) string {
 // try does a step and prints a line for what it found, or for each line of its error, and its
 // notes below.
 func (c *checker) try(ctx context.Context, step checkStep) {
-	if !c.good[step.needs] || c.late || step.name == "forgery" && c.unposted {
+	if !c.good[step.needs] || c.late || step.posts && c.unposted {
 		c.print("- %s: not tried, since a step before it failed", step.name)
 		return
 	}
@@ -5012,7 +5054,8 @@ func (c *checker) answeredByProxy(a *checkAnswer) error {
 //
 // Counters of what happened, and the text format of Prometheus. A new counter is a field
 // of metrics, a line in newMetrics and one in write. What the hub and the log know at this
-// moment comes in as gauges. Each counter has its own lock, under which no other is taken.
+// moment comes in as gauges: a new one is a field there, set in hub.gauges or
+// server.writeMetrics, and a line in write. Each counter has its own lock, under which no other is taken.
 // It has no goroutine.
 
 // A labelCounter counts by the value of one label. The values must come from a small set.
@@ -5068,12 +5111,12 @@ type metrics struct {
 
 // gauges are the figures of this moment that other parts know.
 type gauges struct {
-	connections   int
-	subscriptions int
-	libraries     int // with at least one subscription
-	waiting       int // events that wait for group members
-	remembered    int // updates that are sent to new subscriptions
-	logLinesLost  int // since the start
+	connections     int
+	subscriptions   int
+	libraries       int // with at least one subscription
+	waiting         int // events that wait for group members
+	remembered      int // updates that are sent to new subscriptions
+	logLinesDropped int // since the start
 }
 
 // outboxFull is the reason in closed for a client that is too slow. A metric of its own
@@ -5124,7 +5167,7 @@ func (m *metrics) write(w io.Writer, g gauges) {
 	writeCounter(&text, "seafile_notification_outbox_full_total",
 		"Clients closed since they were too slow.", m.closed.count(outboxFull))
 	writeCounter(&text, "seafile_notification_log_lines_dropped_total",
-		"Lines of the log that were dropped.", g.logLinesLost)
+		"Lines of the log that were dropped.", g.logLinesDropped)
 	writeGauge(&text, "process_start_time_seconds",
 		"Start of the process, in Unix time.", m.started.Unix())
 	writeGauge(&text, "process_resident_memory_bytes", "Resident memory.", residentBytes())
@@ -5138,7 +5181,7 @@ func (m *metrics) writeDeliveries(w io.Writer) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	writeFamily(w, name, "histogram",
-		"Time from accepting an event to having written it to a client.")
+		"Time from accepting or repeating an event to having written it to a client.")
 	count := uint64(0)
 	for i, n := range m.buckets {
 		count += n
@@ -5222,16 +5265,17 @@ type logger struct {
 	closed sync.Once
 
 	// For writeLoop alone.
-	out        io.Writer
-	file       *os.File // the same, if it is the log file, else nil
-	taken      []byte   // from queue, to be written
-	failing    bool     // the last write failed, which was said
-	cannotOpen bool     // the log file, which was said
+	out         io.Writer
+	file        *os.File // the same, if it is the log file, else nil
+	taken       []byte   // from queue, to be written
+	failing     bool     // the last write failed, which was said
+	cannotOpen  bool     // the log file, which was said
+	stderrHangs bool     // nobody reads standard error
 
 	mu      sync.Mutex               // guards the fields below
 	queue   []byte                   // whole lines
-	dropped int                      // lines since the last one in queue
-	lost    int                      // lines that were dropped since the start
+	missing int                      // lines dropped since the last one in queue
+	dropped int                      // lines dropped since the start
 	quiet   map[string]time.Duration // by key: uptime until which warnOnce is silent
 }
 
@@ -5302,9 +5346,11 @@ func (lg *logger) isDue(key string) bool {
 	return true
 }
 
-// Write logs what net/http has to say: see http.Server.ErrorLog.
+// Write logs what net/http has to say, see http.Server.ErrorLog: each remark once a minute, since
+// strangers can cause some. They differ in their first words.
 func (lg *logger) Write(p []byte) (int, error) {
-	lg.warnf("%s", bytes.TrimSpace(p))
+	text := string(bytes.TrimSpace(p))
+	lg.warnOnce(text[:min(len(text), 20)], "%s", text)
 	return len(p), nil
 }
 
@@ -5316,11 +5362,11 @@ func (lg *logger) wake() {
 	}
 }
 
-// linesLost tells how many lines were dropped.
-func (lg *logger) linesLost() int {
+// linesDropped tells how many lines were dropped.
+func (lg *logger) linesDropped() int {
 	lg.mu.Lock()
 	defer lg.mu.Unlock()
-	return lg.lost
+	return lg.dropped
 }
 
 // close waits until all lines are written, but at most 100 ms.
@@ -5343,15 +5389,15 @@ func (lg *logger) printf(level slog.Level, format string, args ...any) {
 	lg.mu.Lock()
 	defer lg.mu.Unlock()
 	if len(lg.queue)+len(line) > maxLogQueue {
+		lg.missing++
 		lg.dropped++
-		lg.lost++
 		return
 	}
-	if lg.dropped > 0 {
+	if lg.missing > 0 {
 		missing := lg.line(slog.LevelWarn, "lines are missing here: %d: "+
-			"the log could not be written, or not fast enough", lg.dropped)
+			"the log could not be written, or not fast enough", lg.missing)
 		lg.queue = append(lg.queue, missing...)
-		lg.dropped = 0
+		lg.missing = 0
 	}
 	lg.queue = append(lg.queue, line...)
 	lg.wake()
@@ -5484,7 +5530,12 @@ func (lg *logger) writeTaken() bool {
 	return true
 }
 
-// reportFault says on standard error what the log cannot. If nobody reads that, it goes on.
+// reportFault says on standard error what the log cannot. If nobody reads that, it goes on, and
+// does not try again.
 func (lg *logger) reportFault(format string, args ...any) {
-	writeSoon(lg.stderr, "notification-server: "+escape(fmt.Sprintf(format, args...))+"\n")
+	if lg.stderrHangs {
+		return
+	}
+	text := "notification-server: " + escape(fmt.Sprintf(format, args...)) + "\n"
+	lg.stderrHangs = !writeSoon(lg.stderr, text)
 }

@@ -402,6 +402,14 @@ func startServer(t testing.TB) *testServer {
 	return ts
 }
 
+// shutdown does what server.stop does, but for the listeners.
+func (s *testServer) shutdown() {
+	ctx, cancel := context.WithTimeout(context.Background(), requestsWait)
+	defer cancel()
+	s.http.Shutdown(ctx)
+	s.hub.closeAll()
+}
+
 // loggedServer is startServer for a test at the end of which the log must be well-formed
 // and without a secret.
 func loggedServer(t testing.TB) *testServer {
@@ -5159,6 +5167,28 @@ func TestAnnouncedBytes(t *testing.T) {
 	}
 }
 
+// A message in fragments has 20 s to come whole, however much the client says meanwhile.
+func TestFragmentsComeSoon(t *testing.T) {
+	t.Parallel()
+	slow(t, "20 s")
+	s := startServer(t)
+	late := connect(t, s.addr, asDesktop).subscribed(repoA, "late@example.com")
+	swift := connect(t, s.addr, asDesktop).subscribed(repoA, "swift@example.com")
+	late.write(maskedFrame(opText, []byte("{")))
+	swift.write(maskedFrame(opText, []byte(`{"type":"unsubscribe",`)))
+	swift.write(maskedFrame(0x80|opContinuation, []byte(`"content":{"repos":[]}}`)))
+	begin := time.Now()
+	late.ping("still here")
+	for _, _, err := late.next(); err == nil; _, _, err = late.next() {
+		time.Sleep(100 * time.Millisecond)
+		late.ping("still here")
+	}
+	if took := time.Since(begin); took < messageTime-2*time.Second || took > messageTime+5*time.Second {
+		t.Errorf("fragments were endured for %v", took)
+	}
+	swift.sync()
+}
+
 // ---- Tests of the closing handshake ----
 
 // A client's close is answered with its own status, and nothing behind it counts.
@@ -5685,6 +5715,30 @@ func TestOutboxOfAStranger(t *testing.T) {
 		}
 	}
 	s.waitFigure(`closed_total{reason="outbox-full"}`, 1)
+}
+
+// A refused token on a live subscription begins a renewal, of which the client is reminded.
+func TestReminderAfterRefusedToken(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	c := connect(t, s.addr, asDesktop).subscribed(repoA, "alice@example.com")
+	c.subscribe(repoA, "x.y.z")
+	c.expectTexts(expiredText(repoA))
+	for range 19 {
+		s.advance(time.Second)
+		c.sync()
+	}
+	for range 4 {
+		s.advance(time.Second)
+	}
+	c.expectTexts(expiredText(repoA))
+	for range 60 {
+		s.advance(time.Second)
+		c.sync()
+	}
+	c.subscribed(repoA, "alice@example.com")
+	s.post(lockEvent(repoA, 1), 1)
+	c.expectTexts(lockEvent(repoA, 1))
 }
 
 // ---- Tests of bugs and of noise ----
@@ -8163,7 +8217,7 @@ func TestMetricsText(t *testing.T) {
 		m.delivered(d)
 	}
 	var text strings.Builder
-	m.write(&text, gauges{connections: 1, subscriptions: 2, libraries: 3, waiting: 4, remembered: 5, logLinesLost: 6})
+	m.write(&text, gauges{connections: 1, subscriptions: 2, libraries: 3, waiting: 4, remembered: 5, logLinesDropped: 6})
 	got, machine, _ := strings.Cut(text.String(), "# HELP process_resident_memory_bytes")
 	want := `# HELP seafile_notification_connections Clients connected by WebSocket.
 # TYPE seafile_notification_connections gauge
@@ -8194,7 +8248,7 @@ seafile_notification_closed_total{reason="outbox-full"} 1
 # HELP seafile_notification_group_lookups_total Questions for the members of a group.
 # TYPE seafile_notification_group_lookups_total counter
 seafile_notification_group_lookups_total{result="ok"} 1
-# HELP seafile_notification_delivery_seconds Time from accepting an event to having written it to a client.
+# HELP seafile_notification_delivery_seconds Time from accepting or repeating an event to having written it to a client.
 # TYPE seafile_notification_delivery_seconds histogram
 seafile_notification_delivery_seconds_bucket{le="0.001"} 1
 seafile_notification_delivery_seconds_bucket{le="0.005"} 2
@@ -8679,7 +8733,7 @@ func TestLogKeepsUp(t *testing.T) {
 			t.Errorf("%d of %d lines of writer %d", next[w], each, w)
 		}
 	}
-	if n := lg.linesLost(); n > 0 || stderr.String() != "" {
+	if n := lg.linesDropped(); n > 0 || stderr.String() != "" {
 		t.Errorf("%d lines lost; standard error: %q", n, stderr.String())
 	}
 }
@@ -8702,7 +8756,7 @@ func TestLogDropsLines(t *testing.T) {
 		if took := time.Since(start); took > 0 {
 			t.Errorf("waited %v", took)
 		}
-		lost := lg.linesLost()
+		lost := lg.linesDropped()
 		if size := len(lg.queue); size > maxLogQueue+1100 || size < maxLogQueue-1100 {
 			t.Errorf("%d bytes wait", size)
 		}
@@ -8857,8 +8911,8 @@ func TestLogOnFullDisk(t *testing.T) {
 			t.Errorf("written: %s", got)
 		}
 		checkLog(t, disk.String(), "[notification-server] ")
-		if lg.linesLost() != 0 {
-			t.Errorf("%d lines lost, want none", lg.linesLost())
+		if lg.linesDropped() != 0 {
+			t.Errorf("%d lines lost, want none", lg.linesDropped())
 		}
 		fault := notWritten + "no space left on device: serving goes on; " +
 			"make room, or correct it: then the log goes on\n"
@@ -9603,7 +9657,7 @@ func BenchmarkLog(b *testing.B) {
 		b.Run(bc.name, func(b *testing.B) {
 			lg := testLog(b, bc.out)
 			lg.setLevel(bc.level)
-			for bc.out == stuck && lg.linesLost() == 0 {
+			for bc.out == stuck && lg.linesDropped() == 0 {
 				lg.debugf("%s", text) // until the queue is full
 			}
 			b.ReportAllocs()
@@ -9612,7 +9666,7 @@ func BenchmarkLog(b *testing.B) {
 					lg.debugf("to %s, user %q: %s", peer, user, text)
 				}
 			}
-			b.ReportMetric(float64(lg.linesLost()), "lost")
+			b.ReportMetric(float64(lg.linesDropped()), "lost")
 		})
 	}
 }
