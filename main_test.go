@@ -79,7 +79,7 @@ func TestMain(m *testing.M) {
 	if fault := os.Getenv("TEST_CLOCK"); fault != "" {
 		os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr, faultyClock(fault)))
 	}
-	flag.Set("test.parallel", "8")           // most tests wait more than they work
+	flag.Set("test.parallel", "12")          // most tests wait more than they work
 	os.Setenv("GORACE", "atexit_sleep_ms=0") // for the binaries that tests start
 	code := m.Run()
 	if built.dir != "" {
@@ -1411,6 +1411,53 @@ func capturedSegment(t testing.TB) []byte {
 func crlf(s string) string {
 	head, body, _ := strings.Cut(s, "\n\n")
 	return strings.ReplaceAll(head, "\n", "\r\n") + "\r\n\r\n" + body
+}
+
+// ---- The test that waits for a minute begins first ----
+
+// Once with nginx's real 60 s and the real binary: the browser, which never
+// pings, stays. Behind a server that does not ping it would be cut.
+func TestProxyIdleMinute(t *testing.T) {
+	slow(t, "more than a minute")
+	t.Parallel()
+	port := freePort(t)
+	need(t, "nginx")
+	startBinary(t, port, nil, "-c", writeConfig(t, port, "log_level = debug"))
+	px := startProxy(t, nginxManual, "127.0.0.1:"+port, "")
+	mute := startProxy(t, nginxManual, startServer(t).addr, "") // nobody calls this server's sweep
+
+	cut := make(chan time.Duration, 1)
+	idle := func(px *runningProxy) *testClient {
+		c := connectTo(t, px.addr, "/notification", asBrowser).subscribed(repoA, "alice@example.com")
+		c.nc.SetDeadline(time.Now().Add(2 * time.Minute))
+		return c
+	}
+	silent, browser, start := idle(mute), idle(px), time.Now()
+	go func() {
+		silent.read()
+		cut <- time.Since(start)
+	}()
+	pings := 0
+	for time.Since(start) < 64*time.Second {
+		browser.nc.SetReadDeadline(start.Add(65 * time.Second))
+		opcode, _, err := browser.read()
+		if os.IsTimeout(err) {
+			break
+		}
+		if err != nil || opcode != opPing {
+			t.Fatalf("after %v came frame %d (%v)", time.Since(start), opcode, err)
+		}
+		pings++
+		browser.write(maskedFrame(0x80|opPong, nil))
+	}
+	if pings < 2 || pings > 3 {
+		t.Errorf("%d pings in 65 s", pings)
+	}
+	if d := <-cut; d < 59*time.Second || d > 64*time.Second {
+		t.Errorf("without pings nginx cut after %v, not after its 60 s", d)
+	}
+	post(t, "127.0.0.1:"+port, update(repoA, "1"), 1)
+	browser.expect(opText, update(repoA, "1"))
 }
 
 // ---- Tests of start and stop ----
@@ -6923,16 +6970,12 @@ func TestSeafServerIsNotPressed(t *testing.T) {
 		t.Errorf("%d questions were asked at a time, want 4", n)
 	}
 	asked := map[int]int{}
-	for n := 4; n <= 8; n++ {
-		for seaf.asked() > 0 {
-			group := groupOf(<-seaf.requests)
-			asked[group]++
+	for len(asked) < 8 {
+		waitFor(t, "the next question is asked", func() bool { return seaf.asked() > 0 })
+		group := groupOf(<-seaf.requests)
+		if asked[group]++; asked[group] == 1 {
 			seaf.release(group)
 		}
-		if len(asked) == 8 {
-			break
-		}
-		waitFor(t, "the next question is asked", func() bool { return seaf.asked() > 0 })
 	}
 	var got []string
 	for range libraries {
@@ -6949,7 +6992,7 @@ func TestSeafServerIsNotPressed(t *testing.T) {
 		}
 	}
 	for group, n := range asked {
-		if n != 1 {
+		if n > 2 { // an event that came when the first question was on its way needs a second one
 			t.Errorf("seaf-server was asked %d times about group %d", n, group)
 		}
 	}
@@ -10434,51 +10477,6 @@ func TestProxyIdle(t *testing.T) {
 		post(t, s.addr, update(repoA, "1"), 1)
 		browser.expect(opText, update(repoA, "1"))
 	})
-}
-
-// Once with nginx's real 60 s and the real binary: the browser, which never
-// pings, stays. Behind a server that does not ping it would be cut.
-func TestProxyIdleMinute(t *testing.T) {
-	slow(t, "more than a minute")
-	t.Parallel()
-	port := freePort(t)
-	need(t, "nginx")
-	startBinary(t, port, nil, "-c", writeConfig(t, port, "log_level = debug"))
-	px := startProxy(t, nginxManual, "127.0.0.1:"+port, "")
-	mute := startProxy(t, nginxManual, startServer(t).addr, "") // nobody calls this server's sweep
-
-	cut := make(chan time.Duration, 1)
-	idle := func(px *runningProxy) *testClient {
-		c := connectTo(t, px.addr, "/notification", asBrowser).subscribed(repoA, "alice@example.com")
-		c.nc.SetDeadline(time.Now().Add(2 * time.Minute))
-		return c
-	}
-	silent, browser, start := idle(mute), idle(px), time.Now()
-	go func() {
-		silent.read()
-		cut <- time.Since(start)
-	}()
-	pings := 0
-	for time.Since(start) < 64*time.Second {
-		browser.nc.SetReadDeadline(start.Add(65 * time.Second))
-		opcode, _, err := browser.read()
-		if os.IsTimeout(err) {
-			break
-		}
-		if err != nil || opcode != opPing {
-			t.Fatalf("after %v came frame %d (%v)", time.Since(start), opcode, err)
-		}
-		pings++
-		browser.write(maskedFrame(0x80|opPong, nil))
-	}
-	if pings < 2 || pings > 3 {
-		t.Errorf("%d pings in 65 s", pings)
-	}
-	if d := <-cut; d < 59*time.Second || d > 64*time.Second {
-		t.Errorf("without pings nginx cut after %v, not after its 60 s", d)
-	}
-	post(t, "127.0.0.1:"+port, update(repoA, "1"), 1)
-	browser.expect(opText, update(repoA, "1"))
 }
 
 // The proxy is restarted under live clients: they all see the end, so that they
