@@ -1495,10 +1495,11 @@ func quoted(text string) string {
 // claims are what a token says (RFC 7519, section 4.1). Each subscription has its
 // own: one connection can carry several accounts.
 type claims struct {
-	expires  float64 // Unix time in seconds
-	repoID   string
-	username string
-	foreign  string // names a claim that no token for this server has, "" for none
+	expires   float64 // Unix time in seconds
+	notBefore float64 // likewise
+	repoID    string
+	username  string
+	foreign   string // names a claim that no token for this server has, "" for none
 }
 
 // A verifier checks tokens with the key that this server shares with seaf-server.
@@ -1514,6 +1515,15 @@ func unixSeconds(t time.Time) float64 { return float64(t.UnixMicro()) / 1e6 }
 // verify returns the claims of a token signed with HS256 (RFC 7515, RFC 7519) that is
 // valid now. An error is a *refusal with status 401.
 func (v *verifier) verify(token string) (claims, error) {
+	c, err := v.open(token)
+	if err != nil {
+		return claims{}, err
+	}
+	return c, v.checkTime(c)
+}
+
+// open returns the claims of a token with a good signature, whether it is valid now or not.
+func (v *verifier) open(token string) (claims, error) {
 	header, payload, signature, err := splitToken(token)
 	if err != nil {
 		return claims{}, err
@@ -1527,26 +1537,31 @@ func (v *verifier) verify(token string) (claims, error) {
 			"the token's signature does not match: jwt_private_key differs between here and "+
 				"seaf-server or Seahub, or one of them was not restarted since it changed")
 	}
-	c, notBefore, err := parseClaims(payload)
+	c, err := parseClaims(payload)
 	if err != nil {
 		return claims{}, refuse(http.StatusUnauthorized, "malformed",
 			"the token's claims are malformed: %v", err)
 	}
+	return c, nil
+}
+
+// checkTime returns a *refusal if a token is not valid now.
+func (v *verifier) checkTime(c claims) error {
 	now := v.unixNow()
 	switch {
 	case c.expires <= now-longExpired.Seconds():
-		return claims{}, refuse(http.StatusUnauthorized, "long-expired",
+		return refuse(http.StatusUnauthorized, "long-expired",
 			"the token expired more than an hour ago")
 	case c.expires <= now:
-		return claims{}, refuse(http.StatusUnauthorized, "expired",
+		return refuse(http.StatusUnauthorized, "expired",
 			"the token expired %.0f s ago: if this goes on, the clocks of this machine and of "+
 				"seaf-server's differ", now-c.expires)
-	case notBefore > now:
-		return claims{}, refuse(http.StatusUnauthorized, "not-yet",
+	case c.notBefore > now:
+		return refuse(http.StatusUnauthorized, "not-yet",
 			"the token is valid only in %.0f s: the clocks of this machine and of its maker's differ",
-			notBefore-now)
+			c.notBefore-now)
 	}
-	return c, nil
+	return nil
 }
 
 // verifyEvent checks a token that came with an event. The key signs other tokens, too,
@@ -1571,9 +1586,10 @@ func (v *verifier) verifyEvent(token string) (claims, error) {
 	return c, nil
 }
 
-// verifySubscription checks a token that a client has for the library repoID.
+// verifySubscription checks a token that a client has for the library repoID. Of a token that
+// was never good for it, it does not say that it ran out.
 func (v *verifier) verifySubscription(token, repoID string) (claims, error) {
-	c, err := v.verify(token)
+	c, err := v.open(token)
 	switch {
 	case err != nil:
 		return claims{}, err
@@ -1584,7 +1600,7 @@ func (v *verifier) verifySubscription(token, repoID string) (claims, error) {
 		return claims{}, refuse(http.StatusForbidden, "other-library",
 			"the token is for another library")
 	}
-	return c, nil
+	return c, v.checkTime(c)
 }
 
 // splitToken decodes the three parts of a token.
@@ -1654,9 +1670,9 @@ func sign(key []byte, claims string) string {
 	return text + "." + enc.EncodeToString(hs256(key, text))
 }
 
-// parseClaims returns the claims of a token and its nbf, in Unix seconds. A claim that
+// parseClaims returns the claims of a token. A claim that
 // is unknown, or a username that is no string, makes claims.foreign.
-func parseClaims(payload []byte) (c claims, notBefore float64, err error) {
+func parseClaims(payload []byte) (c claims, err error) {
 	expires := false
 	err = readObject(payload, func(name, value []byte) (err error) {
 		switch string(name) {
@@ -1664,7 +1680,7 @@ func parseClaims(payload []byte) (c claims, notBefore float64, err error) {
 			expires = true
 			c.expires, err = jsonNumber(name, value)
 		case "nbf":
-			notBefore, err = jsonNumber(name, value)
+			c.notBefore, err = jsonNumber(name, value)
 		case "iat":
 			_, err = jsonNumber(name, value)
 		case "repo_id":
@@ -1685,7 +1701,7 @@ func parseClaims(payload []byte) (c claims, notBefore float64, err error) {
 	if err == nil && !expires {
 		err = errors.New("there is no exp")
 	}
-	return c, notBefore, err
+	return c, err
 }
 
 // readObject checks that data is one JSON object in UTF-8 in which no name is given twice, and
@@ -2648,6 +2664,7 @@ const (
 	maxMessage      = 1 << 20                    // bytes of a client's message, and of an event
 	maxStranger     = 64 << 10                   // bytes of a stranger's message
 	longStranger    = 2 << 10                    // bytes beyond which such a message needs a slot
+	maxSlotWait     = 1000                       // that wait for a slot
 	maxSlots        = 8                          // strangers that send a long message at a time
 	strangerOutbox  = 8                          // messages in a stranger's outbox
 	strangerOutSize = 2 << 10                    // bytes of them
@@ -3200,13 +3217,14 @@ func (c *client) handleFrame(h frameHeader, payload io.Reader) error {
 		c.setReadDeadline(time.Time{})
 	}
 	if !h.final {
+		c.inTurn(func() {}) // or fragments would be the way around the turns
 		return nil
 	}
 	return c.endMessage()
 }
 
 // endMessage does what the message says that has come whole.
-func (c *client) endMessage() (err error) {
+func (c *client) endMessage() error {
 	text := c.message.Bytes()
 	opcode := c.opcode
 	c.message = bytes.Buffer{}
@@ -3215,8 +3233,7 @@ func (c *client) endMessage() (err error) {
 	if opcode == opText && !utf8.Valid(text) {
 		return refuse(statusInvalid, "protocol", "a text message is not UTF-8")
 	}
-	c.inTurn(func() { err = c.handleMessage(text) })
-	return err
+	return c.handleMessage(text)
 }
 
 // handleControl answers a ping, and a close frame with the client's own status.
@@ -3274,7 +3291,10 @@ func (c *client) readPayload(h frameHeader, payload io.Reader) error {
 	}
 	c.message.Grow(int(min(h.size, longStranger)) + bytes.MinRead)
 	n, err := io.Copy(&c.message, payload)
-	if err != nil || n < h.size {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return refuse(statusPolicy, "slow-message", "a message did not come soon enough")
+	case err != nil || n < h.size:
 		return errEnd
 	}
 	return nil
@@ -3308,10 +3328,17 @@ func (c *client) takeSlot() error {
 	if c.hasSlot {
 		return nil
 	}
+	tooMany := refuse(statusTryLater, "no-slot", "too many long messages at once")
+	select {
+	case c.handler.waiting <- struct{}{}:
+		defer func() { <-c.handler.waiting }()
+	default:
+		return tooMany
+	}
 	select {
 	case c.handler.slots <- struct{}{}:
 	case <-time.After(slotWait):
-		return refuse(statusTryLater, "no-slot", "too many long messages at once")
+		return tooMany
 	}
 	c.hasSlot = true
 	c.setReadDeadline(time.Now().Add(slotTime))
@@ -3336,15 +3363,19 @@ func (c *client) releaseSlot() {
 	c.setReadDeadline(time.Time{})
 }
 
-// handleMessage does what a client's message says.
-func (c *client) handleMessage(data []byte) error {
-	kind, repos, err := parseClientMessage(data)
+// handleMessage does what a client's message says. Of a stranger's, each library takes a turn of
+// its own, so that others need not wait for a long list.
+func (c *client) handleMessage(data []byte) (err error) {
+	var kind string
+	var repos []repoToken
+	c.inTurn(func() { kind, repos, err = parseClientMessage(data) })
 	if err != nil {
 		return refuse(statusPolicy, "bad-message", "%v", err)
 	}
 	for _, repo := range repos {
 		if kind == "subscribe" {
-			if err := c.handleSubscription(repo); err != nil {
+			c.inTurn(func() { err = c.handleSubscription(repo) })
+			if err != nil {
 				return err
 			}
 			continue
@@ -3473,7 +3504,7 @@ const (
 	extraPlain      = 4096                   // more of both, while clients leave descriptors free
 	plainWait       = time.Second            // without a change, for one beyond maxPlain
 	plainWaitShort  = 10 * time.Millisecond  // for an idle one beyond crowdedPlain
-	refusedBodyWait = 20 * time.Millisecond  // for the body of a request that was refused
+	refusedBodyWait = 20 * time.Millisecond  // for a body that nobody reads
 	bodyStart       = 16 << 10               // bytes of memory that an event's body begins with
 	maxHead         = 64 << 10               // bytes of a request's head; nginx passes 32 KiB
 	upgradeWait     = 20 * time.Second       // for the answer to an upgrade to be written
@@ -3503,6 +3534,7 @@ type handler struct {
 	clients    atomic.Int64 // WebSocket connections, and those about to be
 	plain      plainLimit
 	slots      chan struct{} // holds a value for each client that has one, see client.takeSlot
+	waiting    chan struct{} // likewise for each that waits for a slot
 	turns      chan struct{} // likewise for each stranger that has a turn, see takeTurn
 }
 
@@ -3518,6 +3550,7 @@ func newHandler(
 		clock:      clk,
 		maxClients: int64(places),
 		slots:      make(chan struct{}, maxSlots),
+		waiting:    make(chan struct{}, maxSlotWait),
 		turns:      make(chan struct{}, max(runtime.GOMAXPROCS(0)/2, 1)),
 	}
 	handler.plain = plainLimit{handler: handler, conns: list.New()}
@@ -3538,7 +3571,7 @@ func (h *handler) takeTurn() func() {
 func newHTTPServer(h http.Handler, lg *logger) *http.Server {
 	return &http.Server{
 		Handler:                      h,
-		MaxHeaderBytes:               maxHead,
+		MaxHeaderBytes:               maxHead - 4<<10, // net/http adds 4 KiB
 		ReadHeaderTimeout:            10 * time.Second,
 		ReadTimeout:                  20 * time.Second,
 		WriteTimeout:                 20 * time.Second,
@@ -3558,7 +3591,11 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		fields = fields[1:]
 	}
 	var err error
-	switch strings.Join(fields, "/") {
+	path := strings.Join(fields, "/")
+	if path != "events" && r.ContentLength != 0 {
+		dropBody(w)
+	}
+	switch path {
 	case "":
 		err = h.serveClient(w, r)
 	case "ping":
@@ -3626,11 +3663,15 @@ func (h *handler) writeRefusal(w http.ResponseWriter, r *http.Request, err error
 		header.Set("Connection", "close") // it must not keep a reserved descriptor
 	}
 	if r.ContentLength != 0 {
-		// net/http waits for the rest of the body before it ends the answer.
-		http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedBodyWait))
-		header.Set("Connection", "close")
+		dropBody(w)
 	}
 	http.Error(w, refused.text, refused.status)
+}
+
+// dropBody has net/http not wait for a body that nobody reads before it ends the answer.
+func dropBody(w http.ResponseWriter) {
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(refusedBodyWait))
+	w.Header().Set("Connection", "close")
 }
 
 // logRefusal counts a refusal and logs it, once a minute for each reason and kind of
@@ -4026,10 +4067,12 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		conn = plain.Conn
 	}
 	c.conn = conn
-	c.reader = bufio.NewReaderSize(conn, readBuffer)
-	if rw.Reader.Buffered() > 0 { // a frame came right behind the request
-		c.reader = rw.Reader
+	var input io.Reader = conn
+	if n := rw.Reader.Buffered(); n > 0 { // a frame came right behind the request
+		early, _ := rw.Reader.Peek(n)
+		input = io.MultiReader(bytes.NewReader(slices.Clone(early)), conn)
 	}
+	c.reader = bufio.NewReaderSize(input, readBuffer)
 	conn.SetDeadline(time.Time{})
 	conn.SetWriteDeadline(time.Now().Add(upgradeWait))
 	if tcp, ok := conn.(*net.TCPConn); ok {
@@ -4088,28 +4131,38 @@ func (l *plainListener) Accept() (net.Conn, error) {
 	return c, nil
 }
 
-// makeRoom closes connections beyond the limit that may be closed, and reports whether there
-// is room for another one.
+// makeRoom closes connections beyond the limit that may be closed, the idle ones first, and
+// reports whether there is room for another one.
 func (l *plainLimit) makeRoom() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	free := int(min(max(l.handler.maxClients-l.handler.clients.Load(), 0), extraPlain))
+	l.closeSome(free, false)
+	l.closeSome(free, true)
+	return l.conns.Len() < crowdedPlain+free
+}
+
+// closeSome closes connections beyond the limit, those on which nothing happened for the longest
+// time first: those with a request, or else those without. free is by how many more than usual
+// there may be. mu must be held.
+func (l *plainLimit) closeSome(free int, active bool) {
 	now := time.Now()
 	var next *list.Element
 	for e := l.conns.Front(); e != nil && l.conns.Len() >= maxPlain+free; e = next {
 		next = e.Next()
 		c := e.Value.(*plainConn)
-		age := now.Sub(c.changed)
-		if age < plainWaitShort {
-			break // as all that follow
+		wait := plainWait
+		if !active && l.conns.Len() >= crowdedPlain+free {
+			wait = plainWaitShort
 		}
-		crowded := l.conns.Len() >= crowdedPlain+free
-		if age >= plainWait || crowded && !c.active && !c.hasUnread() {
+		if now.Sub(c.changed) < wait {
+			return // as is so for all that follow
+		}
+		if c.active == active && (active || !c.hasUnread()) {
 			c.Conn.Close()
 			l.conns.Remove(e)
 		}
 	}
-	return l.conns.Len() < crowdedPlain+free
 }
 
 // hasUnread reports whether a request has come that net/http has not begun to read: on a busy

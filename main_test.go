@@ -5190,12 +5190,22 @@ func TestViolations(t *testing.T) {
 func TestRefusedSubscriptionLiftsNoLimit(t *testing.T) {
 	t.Parallel()
 	s := loggedServer(t)
-	c := connect(t, s.addr, asDesktop)
-	c.subscribe(repoA, s.clientToken(repoB, "alice@example.com", time.Hour))
-	c.expectTexts(expiredText(repoA))
-	c.unsubscribe(repoA)
-	c.text(strings.Repeat(" ", 64<<10) + unsubscribeText("x"))
-	c.expectClose(statusTooBig)
+	ranOut := s.now().Add(-time.Minute).Unix()
+	sign := func(claims string) string { return signToken(testKey, tokenHead, claims) }
+	for _, token := range []string{
+		s.clientToken(repoB, "alice@example.com", time.Hour),
+		s.clientToken(repoB, "alice@example.com", -time.Minute),
+		sign(fmt.Sprintf(`{"exp":%d}`, ranOut)),
+		sign(fmt.Sprintf(`{"exp":%d,"file_uuid":"u","filename":"x.sdoc","username":""}`, ranOut)),
+		sign(fmt.Sprintf(`{"exp":%d,"repo_id":%q,"username":"","permission":"r"}`, ranOut, repoA)),
+	} {
+		c := connect(t, s.addr, asDesktop)
+		c.subscribe(repoA, token)
+		c.expectTexts(expiredText(repoA))
+		c.unsubscribe(repoA)
+		c.text(strings.Repeat(" ", 64<<10) + unsubscribeText("x"))
+		c.expectClose(statusTooBig)
+	}
 }
 
 // Of what a client only announces, nothing is held.
@@ -5690,6 +5700,9 @@ func TestRefusedSubscriptions(t *testing.T) {
 	c.text(`{"type":"subscribe","content":{"repos":[` + strings.TrimSuffix(strings.Repeat(repo, 3000), ",") + `]}}`)
 	c.expectClose(statusPolicy)
 	s.waitFigure(`closed_total{reason="refused"}`, 2)
+	if n := strings.Count(s.fullLog(), "refused subscriptions in a row"); n != 1 {
+		t.Errorf("the log tells of two such clients %d times in a minute", n)
+	}
 }
 
 // A client whose 2,000 libraries' tokens all ran out while it slept is not closed for it, nor
@@ -9250,7 +9263,7 @@ func TestRefusalsInLog(t *testing.T) {
 		{"long expired", token(testKey, -2*time.Hour), "expired more than an hour ago"},
 		{"malformed", "x", "not three parts"},
 		{"algorithm", capturedHS512, "does not name HS256"},
-		{"not yet", signToken(testKey, `{"alg":"HS256"}`, `{"exp":4102444800,"nbf":4102444000}`), "valid only in.*clocks.*differ"},
+		{"not yet", signToken(testKey, `{"alg":"HS256"}`, fmt.Sprintf(`{"exp":4102444800,"nbf":4102444000,"repo_id":%q}`, repoA)), "valid only in.*clocks.*differ"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -10179,7 +10192,8 @@ func TestPostsWithoutBody(t *testing.T) {
 			if err != nil {
 				continue
 			}
-			fmt.Fprintf(nc, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", []string{"/x", "/events"}[n%2])
+			request := []string{"POST /x", "POST /events", "GET /ping", "OPTIONS /"}[n%4]
+			fmt.Fprintf(nc, "%s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", request)
 			time.AfterFunc(1500*time.Millisecond, func() { nc.Close() })
 			came.Add(1)
 		}
