@@ -32,11 +32,13 @@
 //
 // # Where to look
 //
-//	what a token may say                verifier.verify, verifyEvent, verifySubscription
-//	who gets an event, in which order   hub.publish, deliver, event.isFor
+//	what a token may say                verifier.open, parseClaims; verifyEvent, verifySubscription
+//	who gets an event, in which order   hub.publish, deliver, resolve, event.isFor; again: remember,
+//	                                      welcome, keep
 //	a client that reads slowly          client.admit; hub.pingOrClose if nothing moves
 //	a client that vanished              hub.pingOrClose, client.end
-//	a client that sends rubbish         frameHeader.check, client.handleMessage
+//	a client that sends rubbish         frameHeader.check, client.readPayload, handleControl,
+//	                                      handleMessage, refuseSubscription
 //	who writes to a socket              client.writeOutbox, writeRest; before, net/http, and for the
 //	                                      answer to an upgrade x/net/websocket
 //	the last five seconds               server.stop, hub.closeAll
@@ -53,7 +55,7 @@
 //	client.serve: one for each client      a read error, which client.abort causes; or both
 //	                                         close frames
 //	client.readFrames: while it handles    the end of what has come, a read error, or 20 s
-//	  other frames than empty pings          without a slot
+//	  more than a trusted client's pings     without a slot
 //	writeAll: a batch of clients           it never waits: it ends by itself
 //	client.writeRest: a slow client        all is written, or client.abort
 //	handler.findMembers: one for each      seaf-server's answer, or 5 s, or 10 s if the
@@ -69,7 +71,8 @@
 // being closed, and may be taken while hub.mu is held; the reverse never happens. metrics.mu may
 // be taken under a client's mu. Each counter of metrics, groups, plainLimit and the logger have a
 // lock of their own, under which no other is taken. No lock is held across a write to a socket
-// or to the log.
+// or to the log. Channels that count: turns, slots and waiting of handler, questions of groups; a
+// slot may be held while waiting for a turn, and who has a turn waits for locks alone.
 package main
 
 import (
@@ -1457,10 +1460,10 @@ func trimASCII(s string) string {
 
 // ---- Tokens ----
 //
-// The check of JSON Web Tokens, and the reader of JSON that it shares with events
-// and client messages. This part knows the key, the time, and with which status of
-// HTTP it refuses, and nothing of requests or connections. It never tries another algorithm than HS256. It has no lock and no
-// goroutine.
+// The check of JSON Web Tokens, and the reader of JSON that it shares with events and client
+// messages. This part knows the key, the time, and with which status of HTTP it refuses, and
+// nothing of requests or connections. It never tries another algorithm than HS256. It has no lock
+// and no goroutine.
 
 const (
 	maxToken = 8 << 10 // bytes; Seafile's have some 300
@@ -1839,8 +1842,8 @@ func jsonNumber(name, value []byte) (float64, error) {
 // The map from repo ID to subscriptions, and the periodic work on them: updates that are sent
 // again, tokens that run out, pings, silence. Only its methods touch the map. It parses
 // nothing. Who holds its lock logs nothing and writes to no socket: batch.flush does so after it,
-// or another goroutine. hub.mu is held for less than a millisecond at a time, except for an event
-// with many subscribers: to queue it for 10,000 takes some milliseconds. hub.tick runs in
+// or another goroutine. hub.mu is held for less than a millisecond at a time, except for a library
+// with many subscribers: to queue an event for 10,000 takes some milliseconds. hub.tick runs in
 // the main loop.
 
 const (
@@ -2910,7 +2913,7 @@ func (c *client) writeOutbox() {
 }
 
 // writeRest writes the outbox and waits for the client as long as it must. hub.sweep ends
-// it when nothing was written for too long.
+// it when nothing was written for too long, or client.end.
 func (c *client) writeRest() {
 	defer c.endOnPanic()
 	for data := c.advance(0); data != nil; {
@@ -2980,7 +2983,7 @@ func (c *client) stalledSince(resumed, uptime, limit time.Duration) bool {
 }
 
 // abort closes the socket at once, and returns why the connection ends: the first cause
-// counts. The goroutine that reads notices it and ends.
+// counts. The goroutine that reads notices it and ends, within slotWait at most.
 func (c *client) abort(reason string) string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -2993,7 +2996,7 @@ func (c *client) abort(reason string) string {
 	return c.closing
 }
 
-// isClosing reports whether a close frame was sent, or waits to be.
+// isClosing reports whether a close frame was sent, or waits to be, or the socket was closed.
 func (c *client) isClosing() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -3014,10 +3017,10 @@ func (c *client) waitDrained() {
 	}
 }
 
-// serve reads frames until the connection ends. The empty ping that a desktop client sends
-// each second is answered here. All else is done in a goroutine that ends before the next
-// frame is read: a stack that has grown shrinks late, and so this one stays at 2 KiB instead
-// of 8, which is a quarter of the memory of an idle client.
+// serve reads frames until the connection ends. The empty ping that a desktop client sends each
+// second is answered here, once it is trusted. All else is done in a goroutine that ends when
+// nothing more has come: a stack that has grown shrinks late, and so this one stays at 2 KiB
+// instead of 8, which is a quarter of the memory of an idle client.
 func (c *client) serve() {
 	defer recoverPanic(c.hub.log, c.name)
 	defer c.inTurn(c.end)
@@ -3034,7 +3037,12 @@ func (c *client) serve() {
 			c.send(pongFrame)
 			continue
 		}
-		go func() { done <- c.readFrames() }()
+		go func() {
+			err := errEnd
+			defer func() { done <- err }()
+			defer c.endOnPanic()
+			err = c.readFrames()
+		}()
 		if err := <-done; err != nil {
 			c.waitDrained()
 			return
@@ -3103,6 +3111,7 @@ func (c *client) readFrame() (err error) {
 			return err
 		}
 		c.hub.log.debugf("%s: closed with %d: %s", c.name, r.status, r.text)
+		c.releaseSlot()
 		c.inTurn(func() { c.send(closeFrame(r.status, r.reason, r.text)) })
 	}
 	if h.endless {
@@ -3373,16 +3382,21 @@ func (c *client) handleMessage(data []byte) (err error) {
 		return refuse(statusPolicy, "bad-message", "%v", err)
 	}
 	for _, repo := range repos {
-		if kind == "subscribe" {
-			c.inTurn(func() { err = c.handleSubscription(repo) })
-			if err != nil {
-				return err
-			}
-			continue
+		c.inTurn(func() { err = c.handleRepo(kind, repo) })
+		if err != nil || c.isClosing() {
+			return err
 		}
-		c.hub.unsubscribe(c, repo.id)
-		c.hub.log.debugf("%s: unsubscribed from %q", c.name, repo.id)
 	}
+	return nil
+}
+
+// handleRepo subscribes or unsubscribes one library of a message of that type.
+func (c *client) handleRepo(kind string, repo repoToken) error {
+	if kind == "subscribe" {
+		return c.handleSubscription(repo)
+	}
+	c.hub.unsubscribe(c, repo.id)
+	c.hub.log.debugf("%s: unsubscribed from %q", c.name, repo.id)
 	return nil
 }
 
@@ -3491,11 +3505,11 @@ func (c *client) refuseSubscription(repoID string, err error) error {
 // ---- HTTP handlers ----
 //
 // Requests: their paths, methods and limits, and the answers to them. An error of a handler
-// becomes an answer in handler.writeRefusal, and nowhere else. A handler waits for its peer only to read the
-// body and to write the answer, 20 s at most; never for another client or for seaf-server.
-// handler.findMembers runs in a goroutine for each event that waits for group members, and
-// ends with the lookup. The lock of plainLimit guards the list of connections that are not
-// upgraded.
+// becomes an answer in handler.writeRefusal, and nowhere else. A handler waits for its peer only
+// to read the body and to write the answer, 20 s at most; never for another client or for
+// seaf-server. handler.findMembers runs in a goroutine for each event that waits for group
+// members, and ends with the lookup. The lock of plainLimit guards the list of connections that
+// are not upgraded.
 
 const (
 	reservedFiles   = 64                     // descriptors kept from clients: senders, /ping, log
@@ -3607,7 +3621,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			"not found: the notification server answers /, /ping and /events")
 	}
 	if err != nil {
-		h.writeRefusal(w, r, err)
+		h.writeRefusal(w, r, path, err)
 	}
 }
 
@@ -3643,10 +3657,10 @@ func (h *handler) servePing(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// writeRefusal answers with an error, which is a *refusal, and logs it.
-func (h *handler) writeRefusal(w http.ResponseWriter, r *http.Request, err error) {
+// writeRefusal answers a request for path with an error, and logs it.
+func (h *handler) writeRefusal(w http.ResponseWriter, r *http.Request, path string, err error) {
 	what := "a request"
-	if strings.HasSuffix(strings.TrimRight(r.URL.Path, "/"), "events") {
+	if path == "events" {
 		what = "an event"
 	}
 	refused := h.logRefusal(what, peer(r), r.UserAgent() == checkAgent, err)
@@ -4112,23 +4126,41 @@ type plainConn struct {
 }
 
 // Accept waits for the next connection, and for room for it: some milliseconds, or up to a
-// second while nearly all connections have a request. After each connection it lets all run that
-// has work to do. So when thousands come at once, they queue in the kernel and not here, in
-// front of an event: its sender waits a quarter of the time (BenchmarkReturn).
+// second while nearly all connections have a request. First it lets all run that has work to
+// do. So when thousands come at once, they queue in the kernel and not here, in front of an
+// event: its sender waits a quarter of the time (BenchmarkReturn).
 func (l *plainListener) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
+	for {
+		runtime.Gosched()
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if l.limit.waitForRoom() {
+			return l.limit.track(conn), nil
+		}
+		conn.Close()
 	}
-	runtime.Gosched()
-	for !l.limit.makeRoom() {
+}
+
+// waitForRoom reports whether there was room within plainWait.
+func (l *plainLimit) waitForRoom() bool {
+	end := time.Now().Add(plainWait)
+	for !l.makeRoom() {
+		if time.Now().After(end) {
+			return false
+		}
 		time.Sleep(time.Millisecond)
 	}
-	c := &plainConn{Conn: conn, limit: l.limit, changed: time.Now()}
-	l.limit.mu.Lock()
-	defer l.limit.mu.Unlock()
-	c.element = l.limit.conns.PushBack(c)
-	return c, nil
+	return true
+}
+
+func (l *plainLimit) track(conn net.Conn) *plainConn {
+	c := &plainConn{Conn: conn, limit: l, changed: time.Now()}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c.element = l.conns.PushBack(c)
+	return c
 }
 
 // makeRoom closes connections beyond the limit that may be closed, the idle ones first, and
@@ -5105,11 +5137,11 @@ func (c *checker) answeredByProxy(a *checkAnswer) error {
 
 // ---- Metrics ----
 //
-// Counters of what happened, and the text format of Prometheus. A new counter is a field
-// of metrics, a line in newMetrics and one in write. What the hub and the log know at this
-// moment comes in as gauges: a new one is a field there, set in hub.gauges or
-// server.writeMetrics, and a line in write. Each counter has its own lock, under which no other is taken.
-// It has no goroutine.
+// Counters of what happened, and the text format of Prometheus. A new counter is a field of
+// metrics, a line in newMetrics and one in write. What the hub and the log know at this moment
+// comes in as gauges: a new one is a field there, set in hub.gauges or server.writeMetrics, and a
+// line in write. Each counter has its own lock, under which no other is taken. It has no
+// goroutine.
 
 // A labelCounter counts by the value of one label. The values must come from a small set.
 type labelCounter struct {
@@ -5286,10 +5318,11 @@ func residentBytes() int64 {
 // disk that hangs holds up nothing but the log. When the queue is full, lines are dropped and
 // counted. No line holds what could break a line or a terminal, wherever its text comes from.
 //
-// INFO is the start with its settings, the stop, the metrics upon SIGUSR2, and what a self-check
-// is refused. WARNING is what is wrong with the configuration, and, at most once a minute for
-// each cause, what is refused, which client was too slow, and which group is not known. ERROR is
-// what ends the server or a part of it, and bugs. DEBUG is each connection and message.
+// INFO is the start with its settings, or that it is disabled, the stop, the metrics upon
+// SIGUSR2, and what a self-check is refused. WARNING is what is wrong with the configuration,
+// and, at most once a minute for each cause, what is refused, which client was too slow, and
+// which group is not known. ERROR is what ends the server or a part of it, and bugs. DEBUG is
+// each connection and message.
 //
 // logger.mu guards the queue. It is held for moments: no other lock is taken under it, and
 // nothing is written. logger.close ends writeLoop, unless that hangs in a write.

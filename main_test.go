@@ -7748,7 +7748,7 @@ func TestCheckCauses(t *testing.T) {
 			"ping", "redirects to", "give https://cloud.example.com/notification here"},
 		{"password", answers("", 401, page), "ping", "asks for a password", "answers 401"},
 		{"blocked", answers("", 403, page), "ping", "asks for a password", "answers 403"},
-		{"another-service", answers("", 200, `{"status":"ok"}`), "ping", "another service", "port"},
+		{"another-service", answers("", 200, `{"status":"ok"}`), "ping", "another service listens there:", "port"},
 		{"clock-behind", answers(ping, 200, pong, dated(4*time.Hour)), "ping", "clock differs", "4h"},
 		{"clock-ahead", answers(ping, 200, pong, dated(-3*time.Hour)), "ping", "clock differs", "NTP"},
 
@@ -7767,7 +7767,7 @@ func TestCheckCauses(t *testing.T) {
 		{"only-ping-login", answers(root, 302, "", "Location: /accounts/login/?next=/notification"),
 			"upgrade", "only what is below /notification", "Caddy"},
 
-		{"another-websocket", greets, "subscription", "another service", "welcome"},
+		{"another-websocket", greets, "subscription", "another service listens there:", "welcome"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
@@ -7816,9 +7816,9 @@ func TestCheckNoAnswer(t *testing.T) {
 		{"no-authorities", overTLS(unknown), // as in a container FROM scratch
 			[]string{"SSL_CERT_FILE=" + none + "/none", "SSL_CERT_DIR=" + none},
 			"no CA certificates found here", "SSL_CERT_FILE"},
-		{"ssh", "http://" + startGreeter(t, "SSH-2.0-OpenSSH_9.2\r\n"), nil, "another service", "http://127.0.0.1"},
+		{"ssh", "http://" + startGreeter(t, "SSH-2.0-OpenSSH_9.2\r\n"), nil, "no way leads there", "http://127.0.0.1"},
 		{"https-as-http", strings.Replace(overTLS(unknown), "https", "http", 1), nil, "speaks TLS", "https://"},
-		{"http-as-https", "https://" + server.addr(), nil, "https for http", "reverse"},
+		{"http-as-https", "https://" + server.addr(), nil, "no way leads there", "reverse"},
 		{"no-url", "cloud.example.com", nil, "is no URL", "https://cloud.example.com/notification"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
