@@ -1522,7 +1522,10 @@ func (v *verifier) verify(token string) (claims, error) {
 	if err != nil {
 		return claims{}, err
 	}
-	return c, v.checkTime(c)
+	if err := v.checkTime(c); err != nil {
+		return claims{}, err
+	}
+	return c, nil
 }
 
 // open returns the claims of a token with a good signature, whether it is valid now or not.
@@ -1603,7 +1606,10 @@ func (v *verifier) verifySubscription(token, repoID string) (claims, error) {
 		return claims{}, refuse(http.StatusForbidden, "other-library",
 			"the token is for another library")
 	}
-	return c, v.checkTime(c)
+	if err := v.checkTime(c); err != nil {
+		return claims{}, err
+	}
+	return c, nil
 }
 
 // splitToken decodes the three parts of a token.
