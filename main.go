@@ -534,9 +534,8 @@ func logPanic(lg *logger, what string, p any) {
 // ---- Configuration ----
 //
 // What the environment and seafile.conf say. Nothing else reads the file, and of the environment
-// nothing but systemd's variables. loadConfig
-// returns a config or an error, and logs nothing. It shows no key in any text. This
-// part has no lock and starts no goroutine.
+// nothing but systemd's variables. loadConfig returns a config or an error, and logs nothing. It
+// shows no key in any text. This part has no lock and starts no goroutine.
 
 // A config is what the server needs to know. A new setting is a field here, a method like
 // readMetrics that configLoader.readSettings calls and puts into source, and a line in the manual.
@@ -1679,8 +1678,8 @@ func sign(key []byte, claims string) string {
 	return text + "." + enc.EncodeToString(hs256(key, text))
 }
 
-// parseClaims returns the claims of a token. A claim that
-// is unknown, or a username that is no string, makes claims.foreign.
+// parseClaims returns the claims of a token. A claim that is unknown, or a username that is no
+// string, makes claims.foreign.
 func parseClaims(payload []byte) (c claims, err error) {
 	expires := false
 	err = readObject(payload, func(name, value []byte) (err error) {

@@ -9493,18 +9493,25 @@ func TestServerWithoutStandardError(t *testing.T) {
 	}
 }
 
+// configWithLogs returns a configuration at level debug, with a directory of its own for the log
+// at path.
+func configWithLogs(t testing.TB) (port, dir, logs, path string) {
+	t.Helper()
+	port = freePort(t)
+	dir = writeConfig(t, port, "log_level = debug")
+	logs = filepath.Join(t.TempDir(), "logs")
+	if err := os.Mkdir(logs, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return port, dir, logs, filepath.Join(logs, "notification-server.log")
+}
+
 // When the directory of the log is removed, that is said once, and the log goes on when it
 // is there again.
 func TestServerWhoseLogDirectoryIsGone(t *testing.T) {
 	t.Parallel()
-	port := freePort(t)
+	port, dir, logs, path := configWithLogs(t)
 	addr := "127.0.0.1:" + port
-	dir := writeConfig(t, port, "log_level = debug")
-	logs := filepath.Join(t.TempDir(), "logs")
-	path := filepath.Join(logs, "notification-server.log")
-	if err := os.Mkdir(logs, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	p := startBinary(t, port, nil, "-c", dir, "-l", path)
 	comeAndGo(t, addr)
 	if err := os.RemoveAll(logs); err != nil {
@@ -9531,14 +9538,8 @@ func TestServerWhoseLogDirectoryIsGone(t *testing.T) {
 // same in the new file.
 func TestServerWhoseLogDirectoryIsGoneUnsaid(t *testing.T) {
 	t.Parallel()
-	port := freePort(t)
+	port, dir, logs, path := configWithLogs(t)
 	addr := "127.0.0.1:" + port
-	dir := writeConfig(t, port, "log_level = debug")
-	logs := filepath.Join(t.TempDir(), "logs")
-	path := filepath.Join(logs, "notification-server.log")
-	if err := os.Mkdir(logs, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	cmd := exec.Command(buildBinary(t), "-c", dir, "-l", path)
 	_, out := fullOutput(t, cmd)
 	p := launch(t, nil, cmd)
@@ -10653,7 +10654,8 @@ func startChromium(t *testing.T, url string) {
 }
 
 // closingPage opens 300 connections to each URL, each of which the server closes, and reports
-// how many closed uncleanly; where some did, it tries again, three times in all. Of more than some 8 at a time Chromium delays each for seconds.
+// how many closed uncleanly; where some did, it tries again, three times in all. Of more than
+// some 8 at a time Chromium delays each for seconds.
 var closingPage = template.Must(template.New("").Parse(`<!DOCTYPE html><meta charset="utf-8"><title>Close</title><body><script>
 const one = url => new Promise(done => {
 	const ws = new WebSocket(url);
@@ -13843,9 +13845,9 @@ type soakClient struct {
 
 func (c *soakClient) String() string { return fmt.Sprintf("%s client %d", c.habit.name, c.id) }
 
-// A soak is one run of TestSoak.
+// A soak is one run of BenchmarkSoak.
 type soak struct {
-	t        *testing.T
+	t        testing.TB
 	m        *metered
 	lc       *loadClients
 	begun    time.Time
@@ -13861,17 +13863,17 @@ type soak struct {
 	faults    map[string]int
 }
 
-// TestSoak: over hours no event is lost, no client is closed without cause, and
+// BenchmarkSoak: over hours no event is lost, no client is closed without cause, and
 // neither memory nor goroutines grow, whatever the clients' habits are.
-func TestSoak(t *testing.T) {
-	length, err := time.ParseDuration(os.Getenv("TEST_SOAK"))
+func BenchmarkSoak(b *testing.B) {
+	length, err := time.ParseDuration(cmp.Or(os.Getenv("TEST_SOAK"), "1m"))
 	if err != nil {
-		t.Skip("runs as long as TEST_SOAK says: TEST_SOAK=60m go test -run TestSoak -v -timeout 70m .")
+		b.Fatal(err)
 	}
-	logFile := filepath.Join(t.TempDir(), "log")
-	m := startMetered(t, 0, "-l", logFile)
+	logFile := filepath.Join(b.TempDir(), "log")
+	m := startMetered(b, 0, "-l", logFile)
 	before := m.footprint()
-	s := newSoak(t, m)
+	s := newSoak(b, m)
 	s.lc.start()
 	var wg sync.WaitGroup
 	for i := range soakSenders {
@@ -13887,16 +13889,16 @@ func TestSoak(t *testing.T) {
 			s.check(c, s.now())
 		}
 	}
-	waitLong(t, "the server has nothing left of it", func() bool {
+	waitLong(b, "the server has nothing left of it", func() bool {
 		now := m.footprint()
 		return now.connections == 0 && now.subscriptions == 0 && now.goroutines <= before.goroutines+8
 	})
 	s.report(samples)
-	checkNoErrors(t, logFile)
+	checkNoErrors(b, logFile)
 }
 
 // checkNoErrors fails the test if the server logged an error.
-func checkNoErrors(t *testing.T, logFile string) {
+func checkNoErrors(t testing.TB, logFile string) {
 	t.Helper()
 	log, err := os.ReadFile(logFile)
 	if err != nil {
@@ -13910,7 +13912,7 @@ func checkNoErrors(t *testing.T, logFile string) {
 }
 
 // newSoak makes clients that are away, from where most come within 20 s.
-func newSoak(t *testing.T, m *metered) *soak {
+func newSoak(t testing.TB, m *metered) *soak {
 	s := &soak{
 		t: t, m: m, begun: time.Now(),
 		lc:        newLoadClients(t, m.addr, soakClients),
