@@ -37,10 +37,10 @@
 //	                                      welcome, keep
 //	a client that reads slowly          client.admit; hub.pingOrClose if nothing moves
 //	a client that vanished              hub.pingOrClose, client.end
-//	a client that sends rubbish         frameHeader.check, client.readPayload, handleControl,
+//	a client that sends rubbish         frameHeader.fault, client.readPayload, handleControl,
 //	                                      handleMessage, refuseSubscription
-//	who writes to a socket              client.writeOutbox, writeRest; before, net/http, and for the
-//	                                      answer to an upgrade x/net/websocket
+//	who writes to a socket              client.writeOutbox and writeRest alone, once the upgrade is
+//	                                      answered; before that net/http and x/net/websocket
 //	the last five seconds               server.stop, hub.closeAll
 //	what is logged at info              the head of the part Log
 //	a new type of event, setting        the constants at repoUpdate, config
@@ -54,25 +54,25 @@
 //	  and one that waits for its next byte
 //	client.serve: one for each client      a read error, which client.abort causes; or both
 //	                                         close frames
-//	client.readFrames: while it handles    the end of what has come, a read error, or 20 s
-//	  more than a trusted client's pings     without a slot
+//	client.readFrames: for each client     the end of what has come, a read error, or 20 s
+//	  that sends more than an empty ping     without a slot
 //	writeAll: a batch of clients           it never waits: it ends by itself
 //	client.writeRest: a slow client        all is written, or client.abort
 //	handler.findMembers: one for each      seaf-server's answer, or 5 s, or 10 s if the
 //	  group event that waits                 process was stopped meanwhile
 //	memoryReturner: one each 10 s          it ends by itself
-//	writeSoon: for standard error          its write; at most one hangs in it
+//	writeSoon: for standard error          its write; at most two hang in it
 //	logger.writeLoop: one                  logger.close
 //
 // # Locks
 //
 // hub.mu guards the map and all that is reached from it: libraries, subscriptions, renewals,
-// newcomers, and what says so in client and event. A client's mu guards its outbox and how it is
-// being closed, and may be taken while hub.mu is held; the reverse never happens. metrics.mu may
-// be taken under a client's mu. Each counter of metrics, groups, plainLimit and the logger have a
+// repeats, and the fields of client and event that say so. A client's mu guards its outbox and how
+// it is being closed, and may be taken while hub.mu is held; the reverse never happens. metrics.mu
+// may be taken under a client's mu. Each counter of metrics, groups, plainLimit and the logger have a
 // lock of their own, under which no other is taken. No lock is held across a write to a socket
-// or to the log. Channels that count: turns, slots and waiting of handler, questions of groups; a
-// slot may be held while waiting for a turn, and who has a turn waits for locks alone.
+// or to the log. Channels that count: turns, slots and slotQueue of handler, questions of groups; a
+// client may wait for a turn while it holds a slot; who has a turn waits for locks alone.
 package main
 
 import (
@@ -181,6 +181,9 @@ type clock struct {
 	uptime func() time.Duration // since the start: silence and delays are measured by it
 }
 
+// unix is the time of day in Unix seconds, as in tokens.
+func (c clock) unix() float64 { return float64(c.wall().UnixMicro()) / 1e6 }
+
 func main() {
 	// This memory is never touched, and so takes none. But the garbage collector counts it and
 	// runs less often while the server is small: an event costs 15 % less CPU (loadgen, 1,000
@@ -198,22 +201,22 @@ func main() {
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer, clk clock) int {
 	flags := flag.NewFlagSet("notification-server", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.Usage = func() { fmt.Fprint(stderr, usage) }
+	flags.Usage = func() {}
 	dir := flags.String("c", "", "")
 	logFile := flags.String("l", "", "")
 	check := flags.Bool("check", false, "")
 	version := flags.Bool("version", false, "")
-	help := flags.Bool("h", false, "")
-	if err := flags.Parse(args); err != nil {
-		return 2 // flags has said why
-	}
+	err := flags.Parse(args)
 	switch {
+	case errors.Is(err, flag.ErrHelp): // -h, -help
+		fmt.Fprint(stdout, manual)
+		return 0
+	case err != nil: // flags has said why
+		fmt.Fprint(stderr, usage)
+		return 2
 	case flags.NArg() > 0 && !*check:
 		fmt.Fprintf(stderr, "notification-server: %q is too much\n%s", flags.Args(), usage)
 		return 2
-	case *help:
-		fmt.Fprint(stdout, manual)
-		return 0
 	case *version:
 		build := "(unknown version)"
 		if info, ok := debug.ReadBuildInfo(); ok {
@@ -280,7 +283,7 @@ func newServer(cfg *config, lg *logger, clk clock) *server {
 	m := newMetrics(clk.wall())
 	places := maxClients()
 	h := newHub(clk, lg, m, places)
-	v := &verifier{key: cfg.key, now: clk.wall}
+	v := &verifier{cfg.key, clk}
 	groups := newGroups(cfg.seafileSocket, cfg.sockets)
 	handler := newHandler(h, v, groups, lg, m, clk, places)
 	return &server{
@@ -298,7 +301,10 @@ func newServer(cfg *config, lg *logger, clk clock) *server {
 func serve(dir string, getenv func(string) string, lg *logger, clk clock) error {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGUSR1, syscall.SIGUSR2)
-	cfg, err := loadConfig(dir, getenv)
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		signal.Notify(signals, syscall.SIGHUP)
+	}
+	cfg, err := loadConfig(dir, getenv, runPath)
 	if err != nil {
 		return err
 	}
@@ -376,24 +382,28 @@ func (s *server) loop(
 		defer half.Stop()
 		watchdog = half.C
 	}
+	healthy := true // no tick panicked since the last word to systemd
 	for {
 		select {
 		case <-ticks.C:
-			s.hub.tick()
+			healthy = s.hub.tick() && healthy
 			s.handler.plain.makeRoom()
 			s.memory.tick(s.clock.uptime())
 		case <-watchdog:
-			// This takes hub.mu and the locks of the metrics. If one of them is stuck,
-			// systemd hears nothing any more, and starts the server anew.
+			// This takes hub.mu and the locks of the metrics. If one of them is stuck, or the
+			// ticks panic, systemd hears nothing any more, and starts the server anew.
 			s.writeMetrics(io.Discard)
-			notifySystemd(getenv, "WATCHDOG=1")
+			if healthy {
+				notifySystemd(getenv, "WATCHDOG=1")
+			}
+			healthy = true
 		case err := <-served:
 			return fmt.Errorf("cannot accept connections on %s any more: %w",
 				s.clientListener.Addr(), err)
 		case sig := <-signals:
 			switch sig {
 			case syscall.SIGUSR1:
-				s.log.wake() // it looks whether the file was renamed
+				s.log.wake() // writeLoop looks whether the file was renamed
 			case syscall.SIGUSR2:
 				s.logMetrics()
 			default:
@@ -439,7 +449,7 @@ func (s *server) stop() {
 // configured one.
 func listen(cfg *config, getenv func(string) string) (net.Listener, error) {
 	handed := getenv("LISTEN_FDS")
-	if getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) && handed != "0" {
+	if getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) && handed != "" && handed != "0" {
 		return listenHanded(handed)
 	}
 	// No keep-alive probes of TCP: the server pings its clients.
@@ -449,8 +459,8 @@ func listen(cfg *config, getenv func(string) string) (net.Listener, error) {
 	switch {
 	case errors.As(err, &noAddress):
 		return nil, fmt.Errorf("cannot listen: host %s (%s) has no address here: %w: set it to an "+
-			"address of this machine or to 0.0.0.0; with Seafile 12's file set JWT_PRIVATE_KEY in "+
-			"the environment, then host in the file is the senders' only",
+			"address of this machine or to 0.0.0.0; with seafile.conf of Seafile 12, set "+
+			"JWT_PRIVATE_KEY in the environment: host in the file then tells only seaf-server",
 			cfg.host, cfg.hostFrom, err)
 	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, fmt.Errorf("cannot listen: %w: another server, an earlier start of this one, "+
@@ -527,8 +537,11 @@ func recoverPanic(lg *logger, what string) {
 	}
 }
 
+// logPanic logs a panic, at most once a minute for each: it may come with every tick.
 func logPanic(lg *logger, what string, p any) {
-	lg.errorf("%s: a bug in this server: %v; please report this: %s", what, p, debug.Stack())
+	if lg.takeMinute(fmt.Sprint("panic: ", p)) {
+		lg.errorf("%s: a bug in this server: %v; please report this: %s", what, p, debug.Stack())
+	}
 }
 
 // ---- Configuration ----
@@ -552,7 +565,7 @@ type config struct {
 	metrics    string   // HOST:PORT to serve /metrics on, or "" for none
 	sockets    []string // where seafile.sock may be, in order; the first that exists is asked
 	warnings   []string // for the log at each start: sentences with their place in front
-	faults     []string // like warnings, but with them notifications do not work
+	faults     []string // like warnings, but these stop notifications
 	senders    senders  // how the programs that post events are configured
 }
 
@@ -566,7 +579,7 @@ type senders struct {
 	// Seafile 10 to 12 read these in [notification] of seafile.conf. The values are
 	// as seaf-server reads them, not as this server does. Both are zero if
 	// environmentAlone.
-	host string // as written, with brackets; missing or with a fault is ""
+	host string // as written, with brackets; "" if it is missing or of no use
 	port int    // missing or unreadable is 0
 
 	// Seafile 13 and 14 read these variables; here as in this process's environment,
@@ -595,14 +608,10 @@ const (
 // loadConfig reads the configuration. path is what -c names: the directory of
 // seafile.conf, or that file. If the environment has a key, it alone configures, as in
 // the server that Seafile 12 and later ship, and seafile.conf is not opened. An error
-// says what to do, and so do the warnings and faults of the config.
-func loadConfig(path string, getenv func(string) string) (*config, error) {
-	return loadConfigIn(path, getenv, runPath)
-}
-
-// loadConfigIn is loadConfig for tests, with another directory in the place of /run.
-func loadConfigIn(path string, getenv func(string) string, run string) (*config, error) {
-	l := &configLoader{cfg: &config{enabled: true}, getenv: getenv, runDir: run}
+// says what to do, and so do the warnings and faults of the config. runDir is runPath, but
+// not in tests.
+func loadConfig(path string, getenv func(string) string, runDir string) (*config, error) {
+	l := &configLoader{cfg: &config{enabled: true}, getenv: getenv, runDir: runDir}
 	if err := l.locate(path); err != nil {
 		return nil, err
 	}
@@ -743,10 +752,8 @@ func (l *configLoader) variable(name string) setting {
 func withoutQuotes(value string) string {
 	value = strings.TrimSpace(value)
 	for _, quote := range []string{`"`, "'"} {
-		inside, opened := strings.CutPrefix(value, quote)
-		inside, closed := strings.CutSuffix(inside, quote)
-		if opened && closed {
-			return strings.TrimSpace(inside)
+		if len(value) > 1 && strings.HasPrefix(value, quote) && strings.HasSuffix(value, quote) {
+			return strings.TrimSpace(value[1 : len(value)-1])
 		}
 	}
 	return value
@@ -767,7 +774,7 @@ func (l *configLoader) environmentKey() (setting, error) {
 			"not an absolute path: name the file by its whole path; the key itself belongs into " +
 			"JWT_PRIVATE_KEY")
 	case path != "":
-		return l.keyFromFile(path, path+" (environment variable JWT_PRIVATE_KEY_FILE)")
+		return l.keyFromFile(path, "environment variable JWT_PRIVATE_KEY_FILE")
 	case value != "":
 		return l.environmentAlone(setting{value, "environment variable JWT_PRIVATE_KEY"})
 	}
@@ -775,12 +782,18 @@ func (l *configLoader) environmentKey() (setting, error) {
 }
 
 // keyFromFile reads a file that holds a key and nothing else, as secrets of Docker,
-// Podman and systemd do. One line end behind the key does not count.
-func (l *configLoader) keyFromFile(path, place string) (setting, error) {
+// Podman and systemd do. One line end behind the key does not count. from is what names path.
+func (l *configLoader) keyFromFile(path, from string) (setting, error) {
+	if _, err := os.Lstat(path); err != nil {
+		// The path is not shown: it may be the key, which may begin with a slash.
+		return setting{}, fmt.Errorf("%s: cannot read the key: the file that it names is not "+
+			"there: name the file that holds the key alone", from)
+	}
+	place := path + " (" + from + ")"
 	data, err := readSmallFile(path)
 	if err != nil {
 		return setting{}, fmt.Errorf("%s: cannot read the key: %w: "+
-			"the file must exist, hold the key alone, and be readable to this user", place, err)
+			"the file must hold the key alone, and be readable to this user", place, err)
 	}
 	if key, ended := strings.CutSuffix(data, "\n"); ended {
 		data = strings.TrimSuffix(key, "\r")
@@ -835,7 +848,7 @@ func (l *configLoader) readFile() (setting, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		secret := filepath.Join(l.runDir, "secrets/JWT_PRIVATE_KEY")
 		if _, err := os.Stat(secret); err == nil {
-			return l.keyFromFile(secret, secret)
+			return l.keyFromFile(secret, "Docker secret")
 		}
 	}
 	if err != nil {
@@ -857,8 +870,8 @@ func (l *configLoader) readFile() (setting, error) {
 	return l.fileKey()
 }
 
-// findMeant finds what the file sets: as seaf-server finds it, or else in a section whose
-// header has white space in its brackets.
+// findMeant finds what the file sets: in [notification], or else in sections such as
+// [ notification ], which seaf-server ignores.
 func (l *configLoader) findMeant() {
 	l.meant = map[string]keyValue{}
 	for _, name := range l.file.names {
@@ -1465,14 +1478,14 @@ func trimASCII(s string) string {
 // and no goroutine.
 
 const (
-	maxToken = 8 << 10 // bytes; Seafile's have some 300
+	maxToken = 8 << 10 // bytes; Seafile's have some 200
 	maxNames = 64      // in one JSON object
 
 	// The longest time from now to the end of an event's token. Seafile's programs make them
 	// for 5 to 9 minutes; a client's token lives for days.
 	maxEventLifetime = time.Hour
 
-	// A token that expired so long ago was not made with a wrong clock.
+	// If a token expired so long ago, a wrong clock is not the cause.
 	longExpired = time.Hour
 )
 
@@ -1506,13 +1519,9 @@ type claims struct {
 
 // A verifier checks tokens with the key that this server shares with seaf-server.
 type verifier struct {
-	key []byte
-	now func() time.Time
+	key   []byte
+	clock clock
 }
-
-func (v *verifier) unixNow() float64 { return unixSeconds(v.now()) }
-
-func unixSeconds(t time.Time) float64 { return float64(t.UnixMicro()) / 1e6 }
 
 // verify returns the claims of a token signed with HS256 (RFC 7515, RFC 7519) that is
 // valid now. An error is a *refusal with status 401.
@@ -1552,7 +1561,7 @@ func (v *verifier) open(token string) (claims, error) {
 
 // checkTime returns a *refusal if a token is not valid now.
 func (v *verifier) checkTime(c claims) error {
-	now := v.unixNow()
+	now := v.clock.unix()
 	switch {
 	case c.expires <= now-longExpired.Seconds():
 		return refuse(http.StatusUnauthorized, "long-expired",
@@ -1583,7 +1592,7 @@ func (v *verifier) verifyEvent(token string) (claims, error) {
 	case c.foreign != "":
 		return claims{}, refuse(http.StatusForbidden, "claims", "the token has the claim %s that "+
 			"no event's token has: it was made for something else", c.foreign)
-	case c.expires > v.unixNow()+maxEventLifetime.Seconds():
+	case c.expires > v.clock.unix()+maxEventLifetime.Seconds():
 		return claims{}, refuse(http.StatusForbidden, "lifetime",
 			"the token is valid for more than an hour, as no event's token is: it was made for "+
 				"something else, or the clocks of this machine and of its maker's differ")
@@ -1591,8 +1600,8 @@ func (v *verifier) verifyEvent(token string) (claims, error) {
 	return c, nil
 }
 
-// verifySubscription checks a token that a client has for the library repoID. Of a token that
-// was never good for it, it does not say that it ran out.
+// verifySubscription checks a token that a client has for the library repoID. If the token was
+// never good for it, the error says that, and not that it ran out.
 func (v *verifier) verifySubscription(token, repoID string) (claims, error) {
 	c, err := v.open(token)
 	switch {
@@ -1678,8 +1687,8 @@ func sign(key []byte, claims string) string {
 	return text + "." + enc.EncodeToString(hs256(key, text))
 }
 
-// parseClaims returns the claims of a token. A claim that is unknown, or a username that is no
-// string, makes claims.foreign.
+// parseClaims returns the claims of a token. The name of a claim that is unknown, or username if
+// that is no string, is in claims.foreign.
 func parseClaims(payload []byte) (c claims, err error) {
 	expires := false
 	err = readObject(payload, func(name, value []byte) (err error) {
@@ -1699,7 +1708,7 @@ func parseClaims(payload []byte) (c claims, err error) {
 		case "username":
 			var ok bool
 			if c.username, ok = jsonString(value); !ok {
-				c.foreign = "username, which is not a string,"
+				c.foreign = "username (not a string)"
 			}
 		default:
 			c.foreign = quoted(string(name))
@@ -1852,10 +1861,10 @@ func jsonNumber(name, value []byte) (float64, error) {
 // the main loop.
 
 const (
-	repeatAfter    = 2500 * time.Millisecond // see remember
+	repeatAfter    = 2500 * time.Millisecond // see repeatFirst
 	rememberFor    = 90 * time.Second        // a client returns after 60 s, see remember
 	maxRemembered  = 100_000                 // libraries
-	maxNewcomers   = 100_000                 // new subscriptions that an update is sent to again
+	maxRepeats     = 100_000                 // that wait
 	sweepInterval  = time.Second
 	sweepBatch     = 1000                    // clients or subscriptions looked at in one go
 	removeBatch    = 250                     // subscriptions ended in one go
@@ -1864,10 +1873,10 @@ const (
 	unansweredMax  = 2                       // pings
 	stalledAfter   = 20 * time.Second        // without 16 KiB written to a slow client
 	idleLimit      = 2 * time.Minute         // without a subscription
-	idleLimitFull  = 10 * time.Second        // before the first one, while places are scarce
+	idleLimitFull  = 10 * time.Second        // for strangers, while places are scarce
 	maxIdleClosed  = 2000                    // clients in one sweep, so that events need not wait
 	renewalWarning = 10                      // seconds before a token's end
-	remindAfter    = 20 * time.Second        // a renewal that is on its way has come by then
+	remindAfter    = 20 * time.Second        // without a renewal, until jwt-expired is sent again
 	keepFor        = 60 * time.Second        // after a token's end, see renewal
 	maxWaiting     = 1024                    // events of one library that wait for members
 	maxWaitingAll  = 8192                    // of all libraries
@@ -1882,9 +1891,10 @@ type hub struct {
 	metrics *metrics
 	places  int // for clients
 
-	swept   time.Duration // uptime of the last sweep; for the goroutine that calls tick
-	resumed time.Duration // uptime at which the process ran on after it was stopped; likewise
-	idle    int           // clients that this sweep closes as idle; likewise
+	// For the goroutine that calls tick:
+	swept   time.Duration // uptime of the last sweep
+	resumed time.Duration // uptime of the first sweep after the process had been stopped
+	idle    int           // clients that this sweep has closed as idle
 
 	mu                  sync.Mutex // guards all below, and what says so in client
 	libraries           map[string]*library
@@ -1892,9 +1902,8 @@ type hub struct {
 	subscriptions       int
 	subscribedLibraries int // those with a subscription
 
-	updates    *list.List    // of *library: those with a remembered update, the oldest first
-	nextRepeat *list.Element // the first of updates that was not sent again; nil for none
-	newcomers  []newcomer    // the oldest first
+	updates *list.List // of *library: those with a remembered update, the oldest first
+	repeats []repeat   // the first is due first
 
 	waiting     int // events that wait for group members
 	waitingSize int // bytes of them
@@ -1924,7 +1933,13 @@ type subscription struct {
 
 // A renewal begins when jwt-expired is sent or the token runs out, and ends with the new
 // subscription, or when the old one is dropped. Meanwhile the desktop client ignores every event
-// of the library (measured), so they are kept for it.
+// of the library (measured), so they are kept for it:
+//
+//	10 s before the token's end   jwt-expired is sent; events are sent, and kept
+//	10 s after it                 jwt-expired is sent again
+//	from the end on               events are kept only
+//	60 s after it                 what was kept is forgotten; if anything was or comes, the
+//	                              client is closed when it renews
 type renewal struct {
 	sent     bool          // jwt-expired
 	sentAt   time.Duration // uptime
@@ -1932,14 +1947,16 @@ type renewal struct {
 	ended    bool          // the token has run out
 	endedAt  time.Duration // uptime
 	kept     []*message
-	overflow bool // more came than is kept
+	late     bool // the token ran out long ago: nothing is kept any more
+	missed   bool // something came that is not kept
 }
 
-// A newcomer is a new subscription to which an update is sent again.
-type newcomer struct {
-	subscription *subscription
-	update       *message
-	repeatAt     time.Duration // uptime
+// A repeat is an update that is to be sent again: to one subscription, or to the library's desktop
+// clients.
+type repeat struct {
+	update *message
+	to     *subscription // nil for all
+	at     time.Duration // uptime
 }
 
 // newHub returns a hub without clients. places is how many there can be.
@@ -1991,8 +2008,8 @@ func (h *hub) removeSome(c *client, n int) bool {
 }
 
 // subscribe lets c have the events of the library that cl names, or renews its
-// subscription. It reports false for a token that ends no later than the one that jwt-expired
-// was about: the client has to fetch another.
+// subscription. It reports false if jwt-expired was sent and the token ends no later than the old
+// one: the client has to fetch another.
 func (h *hub) subscribe(c *client, cl claims) bool {
 	b := batch{log: h.log}
 	defer b.flush()
@@ -2006,16 +2023,16 @@ func (h *hub) subscribe(c *client, cl claims) bool {
 	case sub == nil:
 		sub = h.addSubscription(c, lib)
 	case sub.renewal != nil:
-		endTold := sub.expires <= unixSeconds(h.clock.wall())+renewalWarning
+		endTold := sub.expires <= h.clock.unix()+renewalWarning
 		if endTold && cl.expires <= sub.expires {
 			return false
 		}
-		if sub.renewal.overflow {
-			b.queue(c, closeFrame(statusRestart, "renewal-overflow", "too much came during the "+
-				"renewal"))
+		if sub.renewal.missed {
+			b.queue(c, closeFrame(statusRestart, "renewal-missed",
+				"too much came until the token was renewed, or it came too late"))
 		}
 		for _, m := range sub.renewal.kept {
-			hasUpdate = hasUpdate || m.isUpdate
+			hasUpdate = hasUpdate || m.isUpdate()
 			b.queueFor(sub, m.copyAcceptedAt(h.clock.uptime()))
 		}
 		h.endRenewal(sub)
@@ -2030,8 +2047,8 @@ func (h *hub) subscribe(c *client, cl claims) bool {
 	return true
 }
 
-// expire notes that jwt-expired is sent to c for another reason than the end of its token: it
-// listens to no event of the library until it subscribes anew.
+// expire notes that jwt-expired is sent to c since it came with a bad token. Even if its old token
+// is still good, it ignores the library until it subscribes anew.
 func (h *hub) expire(c *client, repoID string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -2041,17 +2058,16 @@ func (h *hub) expire(c *client, repoID string) {
 	}
 	if sub := lib.subscriptions[c]; sub.renewal == nil {
 		sub.renewal = &renewal{sent: true, sentAt: h.clock.uptime()}
-		reminder := unixSeconds(h.clock.wall()) + (remindAfter + sweepInterval).Seconds()
+		reminder := h.clock.unix() + (remindAfter + sweepInterval).Seconds()
 		sub.due = min(sub.due, reminder)
 		c.due = min(c.due, sub.due)
 	}
 }
 
-// warningTime is when jwt-expired is sent, in Unix seconds: some seconds before the token's
-// end, so that the client has renewed it by then. For a token that lives for less than a
-// minute it is its end, or 50 s from now.
+// warningTime is when jwt-expired is sent, in Unix seconds: 10 s before the token's end, so that the
+// client has renewed it by then, but not sooner than in 50 s or at its end.
 func (h *hub) warningTime(expires float64) float64 {
-	return max(expires-renewalWarning, min(expires, unixSeconds(h.clock.wall())+50))
+	return max(expires-renewalWarning, min(expires, h.clock.unix()+50))
 }
 
 // welcome sends the library's newest update to a new desktop subscription, if it is not older
@@ -2066,9 +2082,15 @@ func (h *hub) welcome(b *batch, sub *subscription, hasUpdate bool) {
 	if !hasUpdate {
 		b.queueFor(sub, m.copyAcceptedAt(uptime))
 	}
-	h.newcomers = append(h.newcomers, newcomer{sub, m, uptime + repeatAfter})
-	if len(h.newcomers) > maxNewcomers {
-		h.repeatToFirstNewcomer(b) // early: better than not at all
+	h.repeatLater(b, m, sub)
+}
+
+// repeatLater notes that an update is to be sent again, to one subscription, or to all desktop
+// clients if to is nil. mu must be held.
+func (h *hub) repeatLater(b *batch, m *message, to *subscription) {
+	h.repeats = append(h.repeats, repeat{m, to, h.clock.uptime() + repeatAfter})
+	if len(h.repeats) > maxRepeats {
+		h.repeatFirst(b) // early: better than not at all
 	}
 }
 
@@ -2147,7 +2169,7 @@ func (h *hub) publish(ev *event) (subscribers int, waits bool) {
 	lib := h.libraries[ev.repoID]
 	switch {
 	case lib == nil || len(lib.subscriptions) == 0:
-		if ev.isUpdate() {
+		if ev.message.isUpdate() {
 			h.remember(h.ensureLibrary(ev.repoID), ev.message)
 		}
 		return 0, false
@@ -2160,14 +2182,15 @@ func (h *hub) publish(ev *event) (subscribers int, waits bool) {
 // deliver queues ev for the subscriptions of lib that it is for, and returns how many
 // they are. mu must be held.
 func (h *hub) deliver(b *batch, lib *library, ev *event) (n int) {
-	now := unixSeconds(h.clock.wall())
+	now := h.clock.unix()
 	for _, sub := range lib.subscriptions {
 		if ev.isFor(sub.user) && h.sendOrKeep(b, sub, ev.message, now) {
 			n++
 		}
 	}
-	if ev.isUpdate() {
+	if ev.message.isUpdate() {
 		h.remember(lib, ev.message)
+		h.repeatLater(b, ev.message, nil)
 	}
 	return n
 }
@@ -2190,15 +2213,16 @@ func (h *hub) sendOrKeep(b *batch, sub *subscription, m *message, now float64) b
 // must be held.
 func (h *hub) keep(sub *subscription, m *message) {
 	r, c := sub.renewal, sub.client
-	if i := slices.IndexFunc(r.kept, isUpdate); m.isUpdate && i >= 0 {
+	if i := slices.IndexFunc(r.kept, (*message).isUpdate); m.isUpdate() && i >= 0 {
 		c.kept--
 		c.keptSize -= len(r.kept[i].frame)
 		r.kept = slices.Delete(r.kept, i, i+1)
 	}
-	if c.kept >= maxOutbox-1 || c.keptSize+len(m.frame) > maxOutboxSize {
-		r.overflow = true
+	if r.late || c.kept >= maxOutbox-1 || c.keptSize+len(m.frame) > maxOutboxSize {
+		r.missed = true
+		h.forgetKept(sub)
 	}
-	if r.overflow {
+	if r.missed {
 		return
 	}
 	r.kept = append(r.kept, m)
@@ -2206,22 +2230,28 @@ func (h *hub) keep(sub *subscription, m *message) {
 	c.keptSize += len(m.frame)
 }
 
-// endRenewal forgets what was kept. mu must be held.
-func (h *hub) endRenewal(sub *subscription) {
-	if sub.renewal == nil {
-		return
-	}
+// forgetKept forgets what was kept. mu must be held.
+func (h *hub) forgetKept(sub *subscription) {
 	for _, m := range sub.renewal.kept {
 		sub.client.kept--
 		sub.client.keptSize -= len(m.frame)
 	}
+	sub.renewal.kept = nil
+}
+
+// endRenewal ends a renewal, if there is one. mu must be held.
+func (h *hub) endRenewal(sub *subscription) {
+	if sub.renewal == nil {
+		return
+	}
+	h.forgetKept(sub)
+	if sub.renewal.late {
+		sub.client.late--
+	}
 	sub.renewal = nil
 }
 
-// remember remembers an update that is delivered now. The desktop client forgets one that
-// arrives 1.0 to 1.6 s after a download (measured), so tick sends it again after 2.5 s,
-// unless a newer one came. It is also for clients that subscribe later, see welcome. mu must
-// be held.
+// remember remembers an update for clients that subscribe later, see welcome. mu must be held.
 func (h *hub) remember(lib *library, m *message) {
 	if len(m.payload()) > desktopSize {
 		h.forgetUpdate(lib) // no desktop client could read the new one
@@ -2232,13 +2262,7 @@ func (h *hub) remember(lib *library, m *message) {
 	if lib.element == nil {
 		lib.element = h.updates.PushBack(lib)
 	} else {
-		if h.nextRepeat == lib.element {
-			h.nextRepeat = lib.element.Next()
-		}
 		h.updates.MoveToBack(lib.element)
-	}
-	if h.nextRepeat == nil {
-		h.nextRepeat = lib.element
 	}
 	if h.updates.Len() > maxRemembered {
 		h.forgetUpdate(h.oldestUpdate())
@@ -2248,9 +2272,6 @@ func (h *hub) remember(lib *library, m *message) {
 // forgetUpdate forgets the remembered update of lib, if there is one. mu must be held.
 func (h *hub) forgetUpdate(lib *library) {
 	if lib.element != nil {
-		if h.nextRepeat == lib.element {
-			h.nextRepeat = lib.element.Next()
-		}
 		h.updates.Remove(lib.element)
 		lib.element = nil
 		lib.newest = nil
@@ -2275,7 +2296,7 @@ func (h *hub) queueWaiting(b *batch, lib *library, ev *event) (subscribers int, 
 	if len(lib.waiting) >= maxWaiting || h.waiting >= maxWaitingAll ||
 		h.waitingSize+size > maxWaitingSize {
 		h.dropWaiting(lib)
-		if ev.isUpdate() {
+		if ev.message.isUpdate() {
 			h.remember(lib, ev.message)
 		}
 		n := h.closeSubscribers(b, lib, "too many events wait for group members")
@@ -2314,8 +2335,9 @@ func (h *hub) resolve(ev *event, members map[string]bool, failure error) {
 }
 
 // deliverWaiting delivers the first of a library's waiting events if its group is known, and
-// reports whether another one may follow.
-func (h *hub) deliverWaiting(repoID string) bool {
+// reports whether another one may follow. After a bug the next one is tried.
+func (h *hub) deliverWaiting(repoID string) (more bool) {
+	defer recoverPanic(h.log, "delivering what waited for group members")
 	b := batch{log: h.log}
 	defer b.flush()
 	h.mu.Lock()
@@ -2328,7 +2350,8 @@ func (h *hub) deliverWaiting(repoID string) bool {
 		return false
 	}
 	ev := h.takeWaiting(lib)
-	if ev.forGroup && ev.failure != nil {
+	more = true
+	if ev.failure != nil {
 		n := h.closeSubscribers(&b, lib, "group members are not known")
 		b.warnOnce("group members: "+failureKind(ev.failure),
 			"the members of group %d are not known, so nobody gets an event for them, "+
@@ -2338,14 +2361,14 @@ func (h *hub) deliverWaiting(repoID string) bool {
 		h.deliver(&b, lib, ev)
 	}
 	h.forgetUnused(lib)
-	return true
+	return more
 }
 
 // dropWaiting drops the events of lib that wait. Updates among them are remembered. mu must
 // be held.
 func (h *hub) dropWaiting(lib *library) {
 	for len(lib.waiting) > 0 {
-		if ev := h.takeWaiting(lib); ev.isUpdate() {
+		if ev := h.takeWaiting(lib); ev.message.isUpdate() {
 			h.remember(lib, ev.message)
 		}
 	}
@@ -2361,37 +2384,27 @@ func (h *hub) closeSubscribers(b *batch, lib *library, text string) int {
 	return len(lib.subscriptions)
 }
 
-// tick does the periodic work. It is called every 100 ms.
-func (h *hub) tick() {
+// tick does the periodic work, and reports whether it met no bug. It is called every 100 ms.
+func (h *hub) tick() (healthy bool) {
 	defer recoverPanic(h.log, "the hub's tick")
 	for h.repeatSome() {
 	}
 	if h.clock.uptime()-h.swept >= sweepInterval {
 		h.sweep()
 	}
+	return true
 }
 
 // repeatSome sends updates again that are due, to about sweepBatch subscriptions or those of
-// one library, and forgets old ones. It reports whether more are to be sent.
+// one library, and forgets old ones. It reports whether more are due.
 func (h *hub) repeatSome() bool {
 	b := batch{log: h.log}
 	defer b.flush()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	uptime, now := h.clock.uptime(), unixSeconds(h.clock.wall())
-	for sent := 0; sent < sweepBatch && h.newcomerIsDue(uptime); sent++ {
-		h.repeatToFirstNewcomer(&b)
-	}
-	for sent := 0; sent < sweepBatch && h.repeatIsDue(uptime); sent++ {
-		lib := h.nextRepeat.Value.(*library)
-		h.nextRepeat = h.nextRepeat.Next()
-		again := lib.newest.copyAcceptedAt(uptime)
-		for c, sub := range lib.subscriptions {
-			if c.desktop {
-				h.sendOrKeep(&b, sub, again, now)
-				sent++
-			}
-		}
+	uptime := h.clock.uptime()
+	for sent := 0; sent < sweepBatch && h.repeatIsDue(uptime); {
+		sent += 1 + h.repeatFirst(&b)
 	}
 	for range sweepBatch {
 		oldest := h.oldestUpdate()
@@ -2400,32 +2413,39 @@ func (h *hub) repeatSome() bool {
 		}
 		h.forgetUpdate(oldest)
 	}
-	return h.newcomerIsDue(uptime) || h.repeatIsDue(uptime)
-}
-
-// newcomerIsDue reports whether a newcomer is to be sent an update again. mu must be held.
-func (h *hub) newcomerIsDue(uptime time.Duration) bool {
-	return len(h.newcomers) > 0 && h.newcomers[0].repeatAt <= uptime
+	return h.repeatIsDue(uptime)
 }
 
 // repeatIsDue reports whether an update is to be sent again. mu must be held.
 func (h *hub) repeatIsDue(uptime time.Duration) bool {
-	return h.nextRepeat != nil && uptime-h.nextRepeat.Value.(*library).updated >= repeatAfter
+	return len(h.repeats) > 0 && h.repeats[0].at <= uptime
 }
 
-// repeatToFirstNewcomer sends the update again to the oldest newcomer, unless that is gone or
-// a newer update came. mu must be held.
-func (h *hub) repeatToFirstNewcomer(b *batch) {
-	first := h.newcomers[0]
-	h.newcomers[0] = newcomer{}
-	h.newcomers = h.newcomers[1:]
-	sub := first.subscription
-	lib := sub.library
-	newer := lib.newest != first.update && lib.newest != nil // nil: it was forgotten meanwhile
-	if lib.subscriptions[sub.client] == sub && !newer {
-		again := first.update.copyAcceptedAt(h.clock.uptime())
-		h.sendOrKeep(b, sub, again, unixSeconds(h.clock.wall()))
+// repeatFirst sends the first update of repeats again, unless a newer one came, and returns to how
+// many. The desktop client forgets an update that arrives 1.0 to 1.6 s after a download
+// (measured). mu must be held.
+func (h *hub) repeatFirst(b *batch) (sent int) {
+	r := h.repeats[0]
+	h.repeats[0] = repeat{}
+	h.repeats = h.repeats[1:]
+	lib := h.libraries[r.update.updateOf]
+	if lib == nil || lib.newest != nil && lib.newest != r.update { // nil: it was forgotten
+		return 0
 	}
+	again, now := r.update.copyAcceptedAt(h.clock.uptime()), h.clock.unix()
+	if r.to != nil {
+		if lib.subscriptions[r.to.client] == r.to {
+			h.sendOrKeep(b, r.to, again, now)
+		}
+		return 1
+	}
+	for c, sub := range lib.subscriptions {
+		if c.desktop {
+			h.sendOrKeep(b, sub, again, now)
+			sent++
+		}
+	}
+	return sent
 }
 
 // sweep looks at each client: it pings, closes, and sends jwt-expired. It looks at some at a
@@ -2450,7 +2470,7 @@ func (h *hub) sweepSome(end int) int {
 	defer b.flush()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	uptime, now := h.clock.uptime(), unixSeconds(h.clock.wall())
+	uptime, now := h.clock.uptime(), h.clock.unix()
 	end = min(end, len(h.clients))
 	for looked := 0; looked < sweepBatch && end > 0; looked++ {
 		end--
@@ -2476,10 +2496,10 @@ func (h *hub) pingOrClose(b *batch, c *client, uptime time.Duration) {
 	if len(h.clients) > h.places/2 && c.isStranger() {
 		limit = idleLimitFull
 	}
-	idle := len(c.subscriptions) == 0 && uptime-max(c.idleSince, h.resumed) >= limit
+	idle := len(c.subscriptions) == c.late && uptime-max(c.idleSince, h.resumed) >= limit
 	switch {
 	case c.stalledSince(h.resumed, uptime, stalledAfter):
-		b.stalled = append(b.stalled, c)
+		b.later = append(b.later, func() { c.abort("stalled") })
 	case idle && h.idle < maxIdleClosed:
 		m := closeFrame(statusPolicy, "idle", fmt.Sprintf("no subscription for %v", limit))
 		if b.queue(c, m) { // it is not being closed already
@@ -2496,8 +2516,7 @@ func (h *hub) pingOrClose(b *batch, c *client, uptime time.Duration) {
 }
 
 // checkTokens looks at the subscriptions of c that are due at now, in Unix seconds. It sends
-// jwt-expired before the end of a token, and once more if it was not renewed, and forgets the
-// subscription a minute after the end. It sends at most half an outbox of messages, because a
+// jwt-expired before the end of a token, and once more if it was not renewed. It sends at most half an outbox of messages, because a
 // client with thousands of subscriptions would overflow it; the others follow with the next
 // sweep. mu must be held.
 func (h *hub) checkTokens(b *batch, c *client, uptime time.Duration, now float64) {
@@ -2509,23 +2528,22 @@ func (h *hub) checkTokens(b *batch, c *client, uptime time.Duration, now float64
 			if h.checkToken(b, sub, uptime, now) {
 				sent++
 			}
-			if r := sub.renewal; r.ended && uptime-r.endedAt >= keepFor {
-				h.drop(sub)
-				continue
-			}
 		}
 		c.due = min(c.due, sub.due)
 	}
 }
 
-// checkToken sends jwt-expired if it is to be sent, and reports whether it did. The
-// subscription is due; afterwards its renewal has begun. mu must be held.
+// checkToken begins a renewal or goes on with it, and reports whether it sent jwt-expired. The
+// subscription is due. mu must be held.
 func (h *hub) checkToken(b *batch, sub *subscription, uptime time.Duration, now float64) bool {
 	if sub.renewal == nil {
 		sub.renewal = &renewal{}
 	}
 	r := sub.renewal
 	switch {
+	case r.ended && uptime-r.endedAt >= keepFor:
+		h.giveUp(sub)
+		return false
 	case r.ended:
 	case sub.expires <= now:
 		r.ended = true
@@ -2544,6 +2562,17 @@ func (h *hub) checkToken(b *batch, sub *subscription, uptime time.Duration, now 
 	}
 	b.queueFor(sub, expiredFrame(sub.library.id))
 	return true
+}
+
+// giveUp stops keeping events for a subscription whose token was not renewed. mu must be held.
+func (h *hub) giveUp(sub *subscription) {
+	r, c := sub.renewal, sub.client
+	r.late = true
+	r.missed = r.missed || len(r.kept) > 0
+	h.forgetKept(sub)
+	sub.due = math.Inf(1)
+	c.late++
+	c.idleSince = h.clock.uptime()
 }
 
 // closeAll closes all clients, spread over drainTime since all of them come back
@@ -2588,24 +2617,13 @@ func (h *hub) gauges() gauges {
 // lock is taken, and so runs after the lock is released.
 type batch struct {
 	log     *logger
-	clients []*client  // whose outboxes were filled, and that nobody writes to yet
-	stalled []*client  // to be closed at once
-	queued  []delivery // for the log, at level debug
-	warning string     // for the log, "" for none
-	key     string     // of warning, for logger.warnOnce
+	clients []*client // whose outboxes were empty, and that nobody writes to yet
+	later   []func()  // the rest: lines of the log, and sockets to close
 }
 
 // warnOnce is logger.warnOnce, when the hub is unlocked.
 func (b *batch) warnOnce(key, format string, args ...any) {
-	b.key = key
-	b.warning = fmt.Sprintf(format, args...)
-}
-
-// A delivery is a message to a subscription of a user.
-type delivery struct {
-	client  *client
-	user    string
-	message *message
+	b.later = append(b.later, func() { b.log.warnOnce(key, format, args...) })
 }
 
 const (
@@ -2634,21 +2652,18 @@ func (b *batch) queue(c *client, m *message) bool {
 func (b *batch) queueFor(sub *subscription, m *message) bool {
 	taken := b.queue(sub.client, m)
 	if taken && b.log.debugEnabled() {
-		b.queued = append(b.queued, delivery{sub.client, sub.user, m})
+		name, user := sub.client.name, sub.user // a renewal may change the user
+		b.later = append(b.later, func() {
+			b.log.debugf("to %s, user %q: %s", name, user, m.payload())
+		})
 	}
 	return taken
 }
 
 // flush writes what was queued, or starts a goroutine that does. It waits for no client.
 func (b *batch) flush() {
-	for _, d := range b.queued {
-		b.log.debugf("to %s, user %q: %s", d.client.name, d.user, d.message.payload())
-	}
-	for _, c := range b.stalled {
-		c.abort("stalled")
-	}
-	if b.warning != "" {
-		b.log.warnOnce(b.key, "%s", b.warning)
+	for _, do := range b.later {
+		do()
 	}
 	if len(b.clients) <= smallBatch {
 		writeAll(b.clients)
@@ -2661,10 +2676,20 @@ func (b *batch) flush() {
 //
 // One WebSocket connection: the outbox of what waits to be written, the reading of
 // frames, the closing handshake (RFC 6455). It does not know the map: it calls
-// hub.subscribe, expire, unsubscribe and remove, and its handler to check a token. client.mu
-// guards the outbox; nobody holds it while writing. client.serve and the goroutine that it
-// starts for frames read. Whoever puts a message into an empty outbox writes, until the
-// outbox is empty again: there is one writer at a time.
+// hub.subscribe, expire, unsubscribe and remove, and its handler for what clients share: the check
+// of tokens, turns, slots, and their number. client.mu guards the outbox; nobody holds it while
+// writing. client.serve and the goroutine that it starts for frames read. Whoever puts a message
+// into an empty outbox has it written until it is empty again: there is one writer at a time.
+//
+// What holds back a stranger, a client that has not shown a good token yet:
+//
+//	outbox   8 messages, 2 KiB                              client.isFull
+//	turn     for each frame: as many as half the processors client.inTurn
+//	slot     for a message beyond 2 KiB: 8, for 3 s each    client.takeSlot
+//	time     10 s while places are scarce                   hub.pingOrClose
+//
+// Reading has a deadline for a message in fragments (20 s), for a stranger's long one (3 s), and for
+// the client's close frame (1 s). Else silence is ended by hub.pingOrClose.
 
 const (
 	subprotocol     = "notification.seafile.com" // the desktop client fails on any other
@@ -2714,15 +2739,14 @@ const (
 
 // A message is a frame on its way to one client or many. Once queued it is not changed.
 type message struct {
-	frame       []byte // header and payload
-	header      int    // bytes of the header
-	isUpdate    bool
-	repoID      string        // of an event
+	frame       []byte        // header and payload
+	header      int           // bytes of the header
+	updateOf    string        // of a repo-update: its repo ID
 	closeReason string        // of a close frame: for the metrics
-	accepted    time.Duration // of an event: uptime, 0 for what is no event
+	accepted    time.Duration // uptime at which the event came, 0 for what is no event
 }
 
-func isUpdate(m *message) bool { return m.isUpdate }
+func (m *message) isUpdate() bool { return m.updateOf != "" }
 
 func (m *message) payload() []byte { return m.frame[m.header:] }
 
@@ -2781,16 +2805,16 @@ type client struct {
 	desktop bool            // it speaks the subprotocol
 	isCheck bool            // it is a self-check's
 
-	heard atomic.Int64 // uptime of the last frame
+	heard   atomic.Int64 // uptime of the last frame
+	trusted atomic.Bool  // it had a token of ours; until then it is a stranger
 
-	mu           sync.Mutex    // guards down to trusted
+	mu           sync.Mutex    // guards down to drained
 	outbox       []*message    // the first is being written
 	outboxSize   int           // bytes in it
 	written      int           // bytes of the first
 	writingSince time.Duration // uptime of the last progress, 0 if the outbox is empty
 	closing      string        // why it is being closed; no message follows a close frame
 	drained      chan struct{} // made with the close frame, closed when the outbox is empty
-	trusted      bool          // it had a token of ours; until then it is a stranger
 
 	// For serve and readFrames, of which one runs at a time:
 	reader    *bufio.Reader
@@ -2804,7 +2828,8 @@ type client struct {
 	index         int // in hub.clients
 	subscriptions []*subscription
 	due           float64       // Unix time, the first of its subscriptions
-	idleSince     time.Duration // uptime at which it had no subscription any more
+	late          int           // of subscriptions, those that are given up
+	idleSince     time.Duration // uptime at which it had no other subscription any more
 	pinged        time.Duration // uptime of our last ping
 	unanswered    int           // pings
 	kept          int           // messages kept for renewals
@@ -2825,8 +2850,8 @@ func (c *client) enqueue(m *message) (taken, mustWrite bool) {
 	if c.closing != "" {
 		return false, false
 	}
-	if m.isUpdate {
-		c.dropOlderUpdates(m.repoID)
+	if m.isUpdate() {
+		c.dropOlderUpdates(m.updateOf)
 	}
 	admitted := c.admit(m)
 	if admitted.closeReason != "" {
@@ -2861,7 +2886,7 @@ func (c *client) admit(m *message) *message {
 
 // isFull reports whether the outbox has no room for a frame of size bytes. mu must be held.
 func (c *client) isFull(size int) bool {
-	if !c.trusted {
+	if c.isStranger() {
 		return len(c.outbox) >= strangerOutbox || c.outboxSize+size > strangerOutSize
 	}
 	return len(c.outbox) >= maxOutbox || c.outboxSize+size > maxOutboxSize
@@ -2871,7 +2896,7 @@ func (c *client) isFull(size int) bool {
 // matters. The first message of the outbox is on its way already. mu must be held.
 func (c *client) dropOlderUpdates(repoID string) {
 	for i := len(c.outbox) - 1; i > 0; i-- {
-		if old := c.outbox[i]; old.isUpdate && old.repoID == repoID {
+		if old := c.outbox[i]; old.updateOf == repoID {
 			c.outboxSize -= len(old.frame)
 			c.outbox = slices.Delete(c.outbox, i, i+1)
 		}
@@ -3023,9 +3048,9 @@ func (c *client) waitDrained() {
 }
 
 // serve reads frames until the connection ends. The empty ping that a desktop client sends each
-// second is answered here, once it is trusted. All else is done in a goroutine that ends when
-// nothing more has come: a stack that has grown shrinks late, and so this one stays at 2 KiB
-// instead of 8, which is a quarter of the memory of an idle client.
+// second is answered here, once it is trusted. All else is done in a goroutine of its own, which
+// ends when nothing more has come, so that the stack of this one stays small: 2 KiB instead of 8,
+// which saves a quarter of the memory of an idle client.
 func (c *client) serve() {
 	defer recoverPanic(c.hub.log, c.name)
 	defer c.inTurn(c.end)
@@ -3034,6 +3059,9 @@ func (c *client) serve() {
 	for {
 		head, err := c.reader.Peek(2)
 		if err != nil {
+			if c.closeSlowMessage(err) {
+				continue
+			}
 			return
 		}
 		if head[0] == 0x80|opPing && head[1] == 0x80 && !c.isStranger() {
@@ -3107,6 +3135,9 @@ func (c *client) readFrame() (err error) {
 	}()
 	h, payload, err := c.readHeader()
 	if err != nil {
+		if c.closeSlowMessage(err) {
+			return nil
+		}
 		return errEnd
 	}
 	if !c.isClosing() {
@@ -3127,6 +3158,19 @@ func (c *client) readFrame() (err error) {
 	}
 	return nil
 }
+
+// closeSlowMessage sends a close frame if err is the deadline of a message whose fragments do
+// not come soon enough, and reports whether it did.
+func (c *client) closeSlowMessage(err error) bool {
+	if !errors.Is(err, os.ErrDeadlineExceeded) || c.opcode == 0 || c.isClosing() {
+		return false
+	}
+	c.releaseSlot()
+	c.send(closeFrame(statusPolicy, "slow-message", slowMessage))
+	return true
+}
+
+const slowMessage = "a message did not come soon enough"
 
 // A frameHeader is what stands before a payload (RFC 6455, section 5.2).
 type frameHeader struct {
@@ -3178,35 +3222,33 @@ func (c *client) readHeader() (frameHeader, io.Reader, error) {
 	return h, frame, nil
 }
 
-// check returns what RFC 6455, section 5, forbids about a frame. Fragments of a message
-// are expected to follow if opcode is not 0.
-func (h *frameHeader) check(opcode byte) error {
+// fault returns what RFC 6455, section 5, forbids about a frame, or "". begun is the opcode of a
+// message of which fragments came, or 0.
+func (h *frameHeader) fault(begun byte) string {
 	switch {
 	case h.reserved:
-		return refuse(statusProtocol, "protocol",
-			"reserved bits are set, but no extension was agreed on")
+		return "reserved bits are set, but no extension was agreed on"
 	case h.opcode > opBinary && !h.control() || h.opcode > opPong:
-		return refuse(statusProtocol, "protocol", "unknown opcode")
+		return "unknown opcode"
 	case !h.masked:
-		return refuse(statusProtocol, "protocol", "a client must mask its frames")
+		return "a client must mask its frames"
 	case h.endless:
-		return refuse(statusProtocol, "protocol", "a length with its first bit set")
+		return "a length with its first bit set"
 	case !h.shortest:
-		return refuse(statusProtocol, "protocol", "a length that is not in its shortest form")
+		return "a length that is not in its shortest form"
 	case h.control() && (!h.final || h.size > 125):
-		return refuse(statusProtocol, "protocol",
-			"a control frame is fragmented or longer than 125 bytes")
-	case !h.control() && (h.opcode == opContinuation) != (opcode != 0):
-		return refuse(statusProtocol, "protocol", "a fragment is out of place")
+		return "a control frame is fragmented or longer than 125 bytes"
+	case !h.control() && (h.opcode == opContinuation) != (begun != 0):
+		return "a fragment is out of place"
 	}
-	return nil
+	return ""
 }
 
 // handleFrame does what a frame says. An error is a *refusal with a close status, or
 // errEnd.
 func (c *client) handleFrame(h frameHeader, payload io.Reader) error {
-	if err := h.check(c.opcode); err != nil {
-		return err
+	if fault := h.fault(c.opcode); fault != "" {
+		return refuse(statusProtocol, "protocol", "%s", fault)
 	}
 	if h.control() {
 		text, err := io.ReadAll(payload)
@@ -3231,7 +3273,7 @@ func (c *client) handleFrame(h frameHeader, payload io.Reader) error {
 		c.setReadDeadline(time.Time{})
 	}
 	if !h.final {
-		c.inTurn(func() {}) // or fragments would be the way around the turns
+		c.inTurn(func() {}) // else strangers could send fragments without turns
 		return nil
 	}
 	return c.endMessage()
@@ -3278,11 +3320,8 @@ func (c *client) handleControl(opcode byte, payload []byte) error {
 // mayBeSent reports whether a close status may stand in a close frame (RFC 6455, section
 // 7.4, and the IANA registry).
 func mayBeSent(status int) bool {
-	switch {
-	case status >= 1000 && status <= 1003, status >= 1007 && status <= 1014:
-		return true
-	}
-	return status >= 3000 && status <= 4999
+	return status >= 1000 && status <= 1003 || status >= 1007 && status <= 1014 ||
+		status >= 3000 && status <= 4999
 }
 
 // readPayload adds a frame's payload to the message. Memory is taken as the bytes come,
@@ -3307,33 +3346,25 @@ func (c *client) readPayload(h frameHeader, payload io.Reader) error {
 	n, err := io.Copy(&c.message, payload)
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return refuse(statusPolicy, "slow-message", "a message did not come soon enough")
+		return refuse(statusPolicy, "slow-message", slowMessage)
 	case err != nil || n < h.size:
 		return errEnd
 	}
 	return nil
 }
 
-// isStranger reports whether c never had a token that is good, or was.
-func (c *client) isStranger() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return !c.trusted
-}
+// isStranger reports whether c has never shown a good token, or one that was good.
+func (c *client) isStranger() bool { return !c.trusted.Load() }
 
-// inTurn calls f, which does not wait; for a stranger, when it has a turn.
+// inTurn calls f, which must not wait. A stranger waits for a turn first: its frames, its refusal
+// and its end are handled in turns. So strangers take at most half of the processors, and an
+// event does not wait behind thousands of them.
 func (c *client) inTurn(f func()) {
 	if c.isStranger() {
-		defer c.handler.takeTurn()()
+		c.handler.turns <- struct{}{}
+		defer func() { <-c.handler.turns }()
 	}
 	f()
-}
-
-// trust lifts the limits of a stranger.
-func (c *client) trust() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.trusted = true
 }
 
 // takeSlot waits for one of the slots for long messages of strangers: without them, many
@@ -3344,8 +3375,8 @@ func (c *client) takeSlot() error {
 	}
 	tooMany := refuse(statusTryLater, "no-slot", "too many long messages at once")
 	select {
-	case c.handler.waiting <- struct{}{}:
-		defer func() { <-c.handler.waiting }()
+	case c.handler.slotQueue <- struct{}{}:
+		defer func() { <-c.handler.slotQueue }()
 	default:
 		return tooMany
 	}
@@ -3471,7 +3502,7 @@ func (c *client) handleSubscription(repo repoToken) error {
 	if err != nil {
 		return c.refuseSubscription(repo.id, err)
 	}
-	c.trust()
+	c.trusted.Store(true)
 	c.refused = 0
 	if !c.hub.subscribe(c, cl) {
 		lg.debugf("%s: the token for %q ends no later than the one that ran out", c.name, repo.id)
@@ -3490,7 +3521,7 @@ func (c *client) refuseSubscription(repoID string, err error) error {
 	r := c.handler.logRefusal("a subscription", c.name, c.isCheck, err)
 	wasGood := r.reason == "expired" || r.reason == "long-expired"
 	if wasGood {
-		c.trust()
+		c.trusted.Store(true)
 	}
 	c.hub.expire(c, repoID)
 	m := expiredFrame(repoID)
@@ -3518,10 +3549,10 @@ func (c *client) refuseSubscription(repoID string, err error) error {
 
 const (
 	reservedFiles   = 64                     // descriptors kept from clients: senders, /ping, log
-	maxPlain        = reservedFiles / 2      // connections that do not upgrade, see plainLimit
-	crowdedPlain    = reservedFiles * 3 / 4  // of them, beyond which none may stay idle
+	usualPlain      = reservedFiles / 2      // connections that do not upgrade, see plainLimit
+	crowdedPlain    = reservedFiles * 3 / 4  // of them, beyond which none is accepted or kept idle
 	extraPlain      = 4096                   // more of both, while clients leave descriptors free
-	plainWait       = time.Second            // without a change, for one beyond maxPlain
+	plainWait       = time.Second            // without a change, for one beyond usualPlain
 	plainWaitShort  = 10 * time.Millisecond  // for an idle one beyond crowdedPlain
 	refusedBodyWait = 20 * time.Millisecond  // for a body that nobody reads
 	bodyStart       = 16 << 10               // bytes of memory that an event's body begins with
@@ -3549,12 +3580,13 @@ type handler struct {
 	log        *logger
 	metrics    *metrics
 	clock      clock
+	routes     map[string]route // by path
 	maxClients int64
 	clients    atomic.Int64 // WebSocket connections, and those about to be
 	plain      plainLimit
 	slots      chan struct{} // holds a value for each client that has one, see client.takeSlot
-	waiting    chan struct{} // likewise for each that waits for a slot
-	turns      chan struct{} // likewise for each stranger that has a turn, see takeTurn
+	slotQueue  chan struct{} // likewise for each that waits for a slot
+	turns      chan struct{} // likewise for each that has a turn, see client.inTurn
 }
 
 func newHandler(
@@ -3569,20 +3601,16 @@ func newHandler(
 		clock:      clk,
 		maxClients: int64(places),
 		slots:      make(chan struct{}, maxSlots),
-		waiting:    make(chan struct{}, maxSlotWait),
+		slotQueue:  make(chan struct{}, maxSlotWait),
 		turns:      make(chan struct{}, max(runtime.GOMAXPROCS(0)/2, 1)),
 	}
 	handler.plain = plainLimit{handler: handler, conns: list.New()}
+	handler.routes = map[string]route{
+		"":       {[]string{"GET", "HEAD"}, handler.serveClient},
+		"ping":   {[]string{"GET", "HEAD"}, handler.servePing},
+		"events": {[]string{"POST"}, handler.serveEvent},
+	}
 	return handler
-}
-
-// takeTurn waits until it is a stranger's turn, and returns the function that ends the turn. Its
-// frames, its refusal and its end are handled in turns. So strangers take at most half of the
-// processors, and an event does not wait behind thousands that come or leave at once.
-// A turn is short: its holder never blocks.
-func (h *handler) takeTurn() func() {
-	h.turns <- struct{}{}
-	return func() { <-h.turns }
 }
 
 // newHTTPServer returns a server with timeouts for slow peers. Idle connections stay longer
@@ -3609,25 +3637,38 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if len(fields) > 0 && fields[0] == "notification" {
 		fields = fields[1:]
 	}
-	var err error
 	path := strings.Join(fields, "/")
 	if path != "events" && r.ContentLength != 0 {
 		dropBody(w)
 	}
-	switch path {
-	case "":
-		err = h.serveClient(w, r)
-	case "ping":
-		err = h.servePing(w, r)
-	case "events":
-		err = h.serveEvent(w, r)
-	default:
-		err = refuse(http.StatusNotFound, "not-found",
-			"not found: the notification server answers /, /ping and /events")
-	}
-	if err != nil {
+	if err := h.serve(path, w, r); err != nil {
 		h.writeRefusal(w, r, path, err)
 	}
+}
+
+// A route says which methods a path takes, and who serves it.
+type route struct {
+	methods []string
+	serve   func(http.ResponseWriter, *http.Request) error
+}
+
+// serve answers a request for path, or returns an error.
+func (h *handler) serve(path string, w http.ResponseWriter, r *http.Request) error {
+	to, found := h.routes[path]
+	if !found {
+		return refuse(http.StatusNotFound, "not-found",
+			"not found: the notification server answers /, /ping and /events")
+	}
+	if slices.Contains(to.methods, r.Method) {
+		return to.serve(w, r)
+	}
+	allowed := strings.Join(to.methods, ", ")
+	w.Header().Set("Allow", allowed)
+	if r.Method == "OPTIONS" { // so HAProxy checks health
+		w.WriteHeader(http.StatusNoContent)
+		return nil
+	}
+	return refuse(http.StatusMethodNotAllowed, "bad-method", "the method must be %s", allowed)
 }
 
 // abortOnPanic, deferred, ends the connection of a request alone when there is a bug.
@@ -3638,25 +3679,7 @@ func (h *handler) abortOnPanic(r *http.Request) {
 	}
 }
 
-// checkMethod returns an error if the method is not one of allowed. It answers OPTIONS, with
-// which HAProxy checks health, and then reports done.
-func checkMethod(w http.ResponseWriter, r *http.Request, allowed ...string) (done bool, err error) {
-	if slices.Contains(allowed, r.Method) {
-		return false, nil
-	}
-	w.Header().Set("Allow", strings.Join(allowed, ", "))
-	if r.Method == "OPTIONS" {
-		w.WriteHeader(http.StatusNoContent)
-		return true, nil
-	}
-	return false, refuse(http.StatusMethodNotAllowed, "bad-method",
-		"the method must be %s", strings.Join(allowed, ", "))
-}
-
-func (h *handler) servePing(w http.ResponseWriter, r *http.Request) error {
-	if done, err := checkMethod(w, r, "GET", "HEAD"); done || err != nil {
-		return err
-	}
+func (h *handler) servePing(w http.ResponseWriter, _ *http.Request) error {
 	w.Header().Set("Content-Type", "application/json")
 	io.WriteString(w, `{"ret": "pong"}`+"\n")
 	return nil
@@ -3712,7 +3735,8 @@ func (h *handler) logRefusal(what, from string, isCheck bool, err error) *refusa
 	return r
 }
 
-// checkProvokes reports whether a self-check is refused for a reason on purpose.
+// checkProvokes reports whether a self-check is refused for a reason on purpose. Anybody can call
+// himself a self-check: what he is refused is logged, but as information.
 func checkProvokes(reason string) bool {
 	return reason == "client-token" || reason == "claims" || reason == "malformed"
 }
@@ -3734,9 +3758,6 @@ func peer(r *http.Request) string {
 // serveEvent answers as soon as the event is queued, since the Go file server makes the
 // user's upload wait for the answer.
 func (h *handler) serveEvent(w http.ResponseWriter, r *http.Request) error {
-	if done, err := checkMethod(w, r, "POST"); done || err != nil {
-		return err
-	}
 	token, err := tokenOfEvent(r)
 	if err != nil {
 		return err
@@ -3814,24 +3835,22 @@ func (h *handler) findMembers(ev *event) {
 }
 
 // askMembers asks seaf-server who is in a group. If the process was stopped meanwhile, it asks
-// once more: the time was not seaf-server's. A bug is an error: else the events of the library
-// would wait for ever.
+// once more: it was not seaf-server that took the time. A bug is an error: else the events of the
+// library would wait for ever.
 func (h *handler) askMembers(group int64) (members map[string]bool, err error) {
 	err = errors.New("a bug in this server: see the log")
 	defer recoverPanic(h.log, "asking for group members")
-	start := h.clock.uptime()
-	members, err = h.askOnce(group)
-	wasAway := h.clock.uptime()-start > lookupWait+lookupSlack
-	if errors.Is(err, context.DeadlineExceeded) && wasAway {
-		return h.askOnce(group)
+	for range 2 {
+		start := h.clock.uptime()
+		ctx, cancel := context.WithTimeout(context.Background(), lookupWait)
+		members, err = h.groups.members(ctx, group)
+		cancel()
+		wasAway := h.clock.uptime()-start > lookupWait+lookupSlack
+		if !timedOut(err) || !wasAway {
+			break
+		}
 	}
 	return members, err
-}
-
-func (h *handler) askOnce(group int64) (map[string]bool, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), lookupWait)
-	defer cancel()
-	return h.groups.members(ctx, group)
 }
 
 // An event is what changed in a library, as it was posted.
@@ -3846,8 +3865,6 @@ type event struct {
 	members  map[string]bool // nil: not known
 	failure  error           // why they are not known
 }
-
-func (ev *event) isUpdate() bool { return ev.message.isUpdate }
 
 // isFor reports whether a subscription of user gets the event.
 func (ev *event) isFor(user string) bool {
@@ -3884,9 +3901,10 @@ func parseEvent(body []byte) (*event, error) {
 	}
 	text := slices.Concat([]byte(`{"type":"`+kind+`","content":`), content, []byte("}"))
 	ev := &event{message: newMessage(opText, text), kind: kind, repoID: fields.repoID}
-	ev.message.repoID = fields.repoID
-	ev.message.isUpdate = kind == repoUpdate
-	if kind == folderPermChanged {
+	switch kind {
+	case repoUpdate:
+		ev.message.updateOf = fields.repoID
+	case folderPermChanged:
 		err = ev.setAudience(fields)
 	}
 	return ev, err
@@ -3955,9 +3973,6 @@ func (ev *event) setAudience(fields eventContent) error {
 // serveClient upgrades a request to a WebSocket (RFC 6455, section 4.2). It checks no
 // Origin: behind a proxy each real client's differs from the Host, and the token protects.
 func (h *handler) serveClient(w http.ResponseWriter, r *http.Request) error {
-	if done, err := checkMethod(w, r, "GET", "HEAD"); done || err != nil {
-		return err
-	}
 	if err := checkUpgrade(r); err != nil {
 		return err
 	}
@@ -4096,7 +4111,7 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn.SetWriteDeadline(time.Now().Add(upgradeWait))
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		// With Linux's 4 MiB a slow reader looks like a stuck one: the kernel reports room
-		// in its buffer only by thirds of it.
+		// in its buffer only after a third of it was read.
 		tcp.SetWriteBuffer(sendBuffer)
 	}
 	if c.raw, err = conn.(syscall.Conn).SyscallConn(); err != nil {
@@ -4145,6 +4160,7 @@ func (l *plainListener) Accept() (net.Conn, error) {
 			return l.limit.track(conn), nil
 		}
 		conn.Close()
+		l.limit.handler.refuseConnection()
 	}
 }
 
@@ -4171,21 +4187,34 @@ func (l *plainLimit) track(conn net.Conn) *plainConn {
 // makeRoom closes connections beyond the limit that may be closed, the idle ones first, and
 // reports whether there is room for another one.
 func (l *plainLimit) makeRoom() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	free := int(min(max(l.handler.maxClients-l.handler.clients.Load(), 0), extraPlain))
 	l.closeSome(free, false)
-	l.closeSome(free, true)
+	for range l.closeSome(free, true) {
+		l.handler.refuseConnection()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	return l.conns.Len() < crowdedPlain+free
 }
 
+// refuseConnection counts and logs a connection that was closed, or not accepted, before its
+// request was answered.
+func (h *handler) refuseConnection() {
+	h.metrics.refused.add("no-room")
+	h.log.warnOnce("no-room", "connections are closed before their requests are answered, since "+
+		"too many are open that are no clients of notifications: only the proxy, seaf-server and "+
+		"Seahub should reach this port")
+}
+
 // closeSome closes connections beyond the limit, those on which nothing happened for the longest
-// time first: those with a request, or else those without. free is by how many more than usual
-// there may be. mu must be held.
-func (l *plainLimit) closeSome(free int, active bool) {
+// time first: those with a request, or else those without. It returns how many. free is by how
+// many more than usual there may be.
+func (l *plainLimit) closeSome(free int, active bool) (closed int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	now := time.Now()
 	var next *list.Element
-	for e := l.conns.Front(); e != nil && l.conns.Len() >= maxPlain+free; e = next {
+	for e := l.conns.Front(); e != nil && l.conns.Len() >= usualPlain+free; e = next {
 		next = e.Next()
 		c := e.Value.(*plainConn)
 		wait := plainWait
@@ -4193,13 +4222,15 @@ func (l *plainLimit) closeSome(free int, active bool) {
 			wait = plainWaitShort
 		}
 		if now.Sub(c.changed) < wait {
-			return // as is so for all that follow
+			break // the others changed later
 		}
 		if c.active == active && (active || !c.hasUnread()) {
 			c.Conn.Close()
 			l.conns.Remove(e)
+			closed++
 		}
 	}
+	return closed
 }
 
 // hasUnread reports whether a request has come that net/http has not begun to read: on a busy
@@ -4319,7 +4350,7 @@ func (g *groups) members(ctx context.Context, group int64) (map[string]bool, err
 			return nil, fmt.Errorf("seaf-server did not answer in time: %w", ctx.Err())
 		}
 		// The caller that asked may have had an earlier deadline.
-		ranOut := errors.Is(q.err, context.DeadlineExceeded) && ctx.Err() == nil
+		ranOut := timedOut(q.err) && ctx.Err() == nil
 		if fresh && !ranOut {
 			return q.members, q.err
 		}
@@ -4383,11 +4414,11 @@ func (g *groups) askSeafServer(
 	}
 	g.markSent(q)
 	if err := writeQuestion(conn, group); err != nil {
-		return nil, fmt.Errorf("asked on %s: %w", socket, timedOut(err))
+		return nil, fmt.Errorf("asked on %s: %w", socket, err)
 	}
 	members, err := readMembers(conn)
 	if err != nil && !errors.Is(err, errUnknownGroup) {
-		return nil, fmt.Errorf("asked on %s: %w", socket, timedOut(err))
+		return nil, fmt.Errorf("asked on %s: %w", socket, err)
 	}
 	return members, err
 }
@@ -4409,12 +4440,9 @@ func dialSeafServer(ctx context.Context, socket string) (net.Conn, error) {
 	}
 }
 
-// timedOut makes the error of a connection's deadline that of a context's.
-func timedOut(err error) error {
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return fmt.Errorf("%w: %w", err, context.DeadlineExceeded)
-	}
-	return err
+// timedOut reports whether err is that of a deadline: of a context or of a connection.
+func timedOut(err error) bool {
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // failureKind names the cause of an error of members, in a bounded set of words.
@@ -4424,7 +4452,7 @@ func failureKind(err error) string {
 		return "unknown group"
 	case errors.Is(err, errNoSocket):
 		return "no socket"
-	case errors.Is(err, context.DeadlineExceeded):
+	case timedOut(err):
 		return "no answer in time"
 	}
 	return "bad answer"
@@ -4643,7 +4671,7 @@ func (c *checker) close() {
 
 // configuration loads the configuration and finds the URLs.
 func (c *checker) configuration(context.Context) (string, error) {
-	cfg, err := loadConfig(c.path, c.getenv)
+	cfg, err := loadConfig(c.path, c.getenv, runPath)
 	if err != nil {
 		return "", err
 	}
@@ -4798,8 +4826,8 @@ func (c *checker) pingOne(ctx context.Context, url string) error {
 		return fmt.Errorf("%s answers 400, since that port speaks TLS: "+
 			"give the URL with https://", url)
 	case a.status == http.StatusUnauthorized || a.status == http.StatusForbidden:
-		return fmt.Errorf("%s answers %d: the proxy asks for a password, or blocks it: let it do "+
-			"neither for /notification, since clients have no password to give", url, a.status)
+		return fmt.Errorf("%s answers %d: the proxy asks for a password, or blocks it: clients "+
+			"have no password to give: let it do neither for /notification", url, a.status)
 	case a.isPage():
 		return fmt.Errorf("%s answers %d with a web page: Seahub or another service answers: the "+
 			"proxy's rule for /notification is missing, or comes after the one for /", url, a.status)
@@ -4964,8 +4992,8 @@ func (c *checker) forgery(ctx context.Context) (string, error) {
 			return "", err
 		case a.status == http.StatusForbidden:
 		case strings.Contains(a.text, "pong"):
-			return "", fmt.Errorf("%s: the first server of the cluster, which decides on events, "+
-				"is down, and another one answered in its place: start it", c.events)
+			return "", fmt.Errorf("%s: the first server of the cluster, whose answer to an event "+
+				"counts, is down: start it", c.events)
 		default:
 			return "", fmt.Errorf("%s answers %d to an event posted with %s, not 403, so such "+
 				"events can be forged: another service, or the server that Seafile ships, listens "+
@@ -5325,9 +5353,9 @@ func residentBytes() int64 {
 //
 // INFO is the start with its settings, or that it is disabled, the stop, the metrics upon
 // SIGUSR2, and what a self-check is refused. WARNING is what is wrong with the configuration,
-// and, at most once a minute for each cause, what is refused, which client was too slow, and
-// which group is not known. ERROR is what ends the server or a part of it, and bugs. DEBUG is
-// each connection and message.
+// that lines are missing, and, at most once a minute for each cause, what is refused, which client
+// was too slow, which group is not known, that too much waits for one, and net/http's remarks.
+// ERROR is what ends the server or a part of it, and bugs. DEBUG is each connection and message.
 //
 // logger.mu guards the queue. It is held for moments: no other lock is taken under it, and
 // nothing is written. logger.close ends writeLoop, unless that hangs in a write.
@@ -5359,8 +5387,8 @@ type logger struct {
 	out         io.Writer
 	file        *os.File // the same, if it is the log file, else nil
 	taken       []byte   // from queue, to be written
-	failing     bool     // the last write failed, which was said
-	cannotOpen  bool     // the log file, which was said
+	failing     bool     // the last write failed, and this was reported
+	cannotOpen  bool     // the log file cannot be opened, and this was reported
 	stderrHangs bool     // nobody reads standard error
 
 	mu      sync.Mutex               // guards the fields below
@@ -5410,20 +5438,21 @@ func (lg *logger) errorf(format string, args ...any) { lg.printf(slog.LevelError
 
 // warnOnce is warnf, at most once a minute for each key. Keys must come from a small set.
 func (lg *logger) warnOnce(key, format string, args ...any) {
-	if lg.isDue(key) {
+	if lg.takeMinute(key) {
 		lg.warnf(format, args...)
 	}
 }
 
 // infoOnce is infof, at most once a minute for each key.
 func (lg *logger) infoOnce(key, format string, args ...any) {
-	if lg.isDue(key) {
+	if lg.takeMinute(key) {
 		lg.infof(format, args...)
 	}
 }
 
-// isDue tells whether a minute has passed since it last said so for key.
-func (lg *logger) isDue(key string) bool {
+// takeMinute reports whether no other line with this key was logged in the last minute. The caller
+// must log one then.
+func (lg *logger) takeMinute(key string) bool {
 	uptime := lg.uptime()
 	lg.mu.Lock()
 	defer lg.mu.Unlock()

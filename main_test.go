@@ -39,6 +39,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -308,14 +309,18 @@ func (f *fakeClock) setWall(unix float64) {
 
 // faultyClock is the clock of a server that a test started with startSelf. The file named
 // fault tells what ails it: a duration by which the time of day is off; "panic", upon which
-// the next look at the clock panics, once, unless it is the main loop that looks; or "hang",
-// upon which the hub, publishing an event, does not get an answer.
+// the next look at the clock panics, once, unless it is the main loop that looks; "ticks", upon
+// which each sweep panics; or "hang", upon which the hub, publishing an event, does not get an
+// answer.
 func faultyClock(fault string) clock {
 	start := time.Now()
 	wall := func() time.Time {
 		text, _ := os.ReadFile(fault)
 		stack := string(debug.Stack())
 		if string(text) == "panic" && !strings.Contains(stack, ".run(") && os.Remove(fault) == nil {
+			panic("the clock is broken")
+		}
+		if string(text) == "ticks" && strings.Contains(stack, "(*hub).tick(") {
 			panic("the clock is broken")
 		}
 		for string(text) == "hang" && strings.Contains(stack, "(*hub).publish(") {
@@ -1522,7 +1527,11 @@ func TestSoftLimitIsRaised(t *testing.T) {
 // nobody who does not answer, and leaves the port free.
 func TestStop(t *testing.T) {
 	t.Parallel()
-	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+	stops := []syscall.Signal{syscall.SIGTERM, syscall.SIGINT}
+	if !signal.Ignored(syscall.SIGHUP) { // nohup runs the tests
+		stops = append(stops, syscall.SIGHUP)
+	}
+	for _, sig := range stops {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
 			port := freePort(t)
@@ -2020,6 +2029,36 @@ func TestWatchdogOfAStuckServer(t *testing.T) {
 	}
 }
 
+// A server whose ticks panic does not tell systemd that it lives, and logs the bug once a minute.
+func TestWatchdogOfATickThatPanics(t *testing.T) {
+	t.Parallel()
+	socket, fault := filepath.Join(t.TempDir(), "notify"), filepath.Join(t.TempDir(), "clock")
+	states := listenNotify(t, socket)
+	port := freePort(t)
+	setFault(t, fault, "ticks")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const half = 2 * sweepInterval
+	p := start(t, []string{"TEST_CLOCK=" + fault, "NOTIFY_SOCKET=" + socket,
+		fmt.Sprintf("WATCHDOG_USEC=%d", (2 * half).Microseconds())}, self, "-c", writeConfig(t, port))
+	if state := nextState(t, states, patient); state != "READY=1" {
+		t.Fatalf("told %q, want READY=1", state)
+	}
+	if state := nextState(t, states, 2*half+sweepInterval); state != "nothing" {
+		t.Errorf("told %q", state)
+	}
+	post(t, "127.0.0.1:"+port, lockEvent(repoA, 1), 0)
+	if n := strings.Count(p.out.String(), "please report this"); n != 1 {
+		t.Errorf("the bug is logged %d times: %s", n, p.out)
+	}
+	setFault(t, fault, "0s")
+	if state := nextState(t, states, patient); state != "WATCHDOG=1" {
+		t.Errorf("told %q, want WATCHDOG=1", state)
+	}
+}
+
 // ---- Configuration ----
 
 // manualSection is the section as Seafile's manual prints it.
@@ -2069,7 +2108,7 @@ func environment(variables ...string) func(string) string {
 // loaded is what loadConfig makes of a file and an environment, without this machine's /run.
 func loaded(t testing.TB, text string, variables ...string) (*config, error) {
 	t.Helper()
-	return loadConfigIn(confDir(t, text), environment(variables...), t.TempDir())
+	return loadConfig(confDir(t, text), environment(variables...), t.TempDir())
 }
 
 // expectTexts demands that there are as many texts as patterns, each with its pattern.
@@ -2301,7 +2340,8 @@ func TestConfigErrors(t *testing.T) {
 		{"metrics of the environment", ok, []string{"NOTIFICATION_SERVER_METRICS=9083"}, `NOTIFICATION_SERVER_METRICS: metrics must be HOST:PORT`},
 		{"both variables with a key", ok, []string{"JWT_PRIVATE_KEY=" + secret, "JWT_PRIVATE_KEY_FILE=/x"}, `JWT_PRIVATE_KEY and JWT_PRIVATE_KEY_FILE are both set`},
 		{"key in the place of its file", ok, []string{"JWT_PRIVATE_KEY_FILE=" + secret}, `JWT_PRIVATE_KEY_FILE: its value is not an absolute path.*JWT_PRIVATE_KEY`},
-		{"key in a file that is not there", ok, []string{"JWT_PRIVATE_KEY_FILE=/nowhere/key"}, `/nowhere/key \(environment variable JWT_PRIVATE_KEY_FILE\): cannot read the key`},
+		{"key that begins like a path in the place of its file", ok, []string{"JWT_PRIVATE_KEY_FILE=/" + secret}, `JWT_PRIVATE_KEY_FILE: cannot read the key: the file that it names is not there`},
+		{"key in a file that is not there", ok, []string{"JWT_PRIVATE_KEY_FILE=/nowhere/key"}, `environment variable JWT_PRIVATE_KEY_FILE: cannot read the key: the file that it names is not there`},
 		{"key in a directory", ok, []string{"JWT_PRIVATE_KEY_FILE=/"}, `JWT_PRIVATE_KEY_FILE\): cannot read the key`},
 		{"key in an empty file", ok, []string{"JWT_PRIVATE_KEY_FILE=/dev/null"}, `JWT_PRIVATE_KEY_FILE\): the file is empty`},
 		{"key in an endless file", ok, []string{"JWT_PRIVATE_KEY_FILE=/dev/zero"}, `JWT_PRIVATE_KEY_FILE\): cannot read the key: /dev/zero has more than`},
@@ -2348,7 +2388,7 @@ func TestConfigErrors(t *testing.T) {
 		{"no such directory, key in the environment", absent, []string{"JWT_PRIVATE_KEY=" + testKey}, absent + `.*directory.*-c`},
 		{"no file", t.TempDir(), nil, `seafile\.conf.*JWT_PRIVATE_KEY or JWT_PRIVATE_KEY_FILE`},
 	} {
-		cfg, err := loadConfigIn(c.path, environment(c.env...), t.TempDir())
+		cfg, err := loadConfig(c.path, environment(c.env...), t.TempDir())
 		if err == nil || !regexp.MustCompile(c.want).MatchString(err.Error()) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: %+v, %v; want %s", c.name, cfg, err, c.want)
 		}
@@ -2430,11 +2470,11 @@ func TestEnvironmentRules(t *testing.T) {
 	}
 	run := t.TempDir()
 	secret := write(filepath.Join(run, "secrets/JWT_PRIVATE_KEY"), testKey+"\n")
-	cfg, err := loadConfigIn(t.TempDir(), environment(), run)
+	cfg, err := loadConfig(t.TempDir(), environment(), run)
 	if err != nil || string(cfg.key) != testKey || !cfg.senders.environmentAlone || !strings.Contains(cfg.source, secret) {
 		t.Errorf("a secret and no file: %+v, %v", cfg, err)
 	}
-	cfg, err = loadConfigIn(confDir(t, "[notification]\njwt_private_key = of the file\n"), environment(), run)
+	cfg, err = loadConfig(confDir(t, "[notification]\njwt_private_key = of the file\n"), environment(), run)
 	if err != nil || string(cfg.key) != "of the file" {
 		t.Errorf("a secret and a file: %+v, %v", cfg, err)
 	}
@@ -2476,7 +2516,7 @@ func TestConfigSources(t *testing.T) {
 	dir := confDir(t, goodSection+"metrics = 127.0.0.1:9\nhost = [::1]\n")
 	file := filepath.Join(dir, "seafile.conf")
 	env := environment("NOTIFICATION_SERVER_PORT=99", "ENABLE_NOTIFICATION_SERVER=true", "INNER_NOTIFICATION_SERVER_URL=http://x:1")
-	cfg, err := loadConfigIn(dir, env, t.TempDir())
+	cfg, err := loadConfig(dir, env, t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2667,7 +2707,7 @@ func TestSocketPlaces(t *testing.T) {
 		filepath.Join(run, "seafile"),
 	}
 	for _, path := range []string{dir, filepath.Join(dir, "seafile.conf")} {
-		cfg, err := loadConfigIn(path, environment("SEAFILE_RPC_PIPE_PATH="+places[0]), run)
+		cfg, err := loadConfig(path, environment("SEAFILE_RPC_PIPE_PATH="+places[0]), run)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -3078,7 +3118,7 @@ func FuzzConfig(f *testing.F) {
 			t.Fatal(err)
 		}
 		getenv := environment("NOTIFICATION_SERVER_PORT="+variable, "NOTIFICATION_SERVER_HOST="+variable, "NOTIFICATION_SERVER_LOG_LEVEL="+variable)
-		cfg, err := loadConfigIn(dir, getenv, dir)
+		cfg, err := loadConfig(dir, getenv, dir)
 		var texts []string
 		if err != nil {
 			texts = []string{err.Error()}
@@ -3111,7 +3151,7 @@ func FuzzConfig(f *testing.F) {
 
 // testVerifier checks tokens by the clock of a testServer.
 func testVerifier(s *testServer) *verifier {
-	return &verifier{key: []byte(testKey), now: s.now}
+	return &verifier{[]byte(testKey), clock{wall: s.now}}
 }
 
 // Each token that Seafile's programs made is good until its end and not longer; the one
@@ -3774,9 +3814,14 @@ func TestNothingKept(t *testing.T) {
 	s.advance(2 * time.Second)
 	b.expectTexts(expiredText(repoA))
 	has(1, 1) // for a renewal
-	for range 7 {
+	for range 17 {
 		s.advance(10 * time.Second)
 		b.untilPong()
+	}
+	has(1, 1) // for a late one
+	s.advance(11 * time.Second)
+	if reason := b.expectClose(statusPolicy); !strings.Contains(reason, "no subscription") {
+		t.Errorf("closed with the reason %q", reason)
 	}
 	has(0, 0)
 }
@@ -4291,7 +4336,12 @@ func TestRenewalMissesNothing(t *testing.T) {
 		}, []string{expired[0], told(95*sec, e(1)), expired[1], told(159*sec, e(1)), told(159*sec, e(2)), told(159*sec, e(3)), told(160*sec, e(4))}},
 		{"60 s after the end the subscription is forgotten", func(s *testServer, c *recorder) []action {
 			return []action{
-				{101 * sec, func() { s.post(e(1), 0) }},
+				{99 * sec, func() { s.post(e(1), 1) }},
+				{162 * sec, func() { s.post(e(2), 0) }},
+			}
+		}, []string{told(90*sec, expiredText(repoA)), told(99*sec, e(1)), expired[1]}},
+		{"who missed nothing may renew at any time", func(s *testServer, c *recorder) []action {
+			return []action{
 				{162 * sec, renew(s, c)},
 				{163 * sec, func() { s.post(e(2), 1) }},
 			}
@@ -4339,6 +4389,25 @@ func TestRenewalMissesNothing(t *testing.T) {
 			s.run(170*sec, tc.actions(s, c), c)
 			if !slices.Equal(c.got, tc.want) {
 				t.Errorf("the client got\n%s\nwant\n%s", strings.Join(c.got, "\n"), strings.Join(tc.want, "\n"))
+			}
+		})
+	}
+	for _, tc := range []struct {
+		name string
+		at   time.Duration // of the event; the subscription is given up at 160 s
+	}{
+		{"told and ignored", 95 * sec}, {"kept", 101 * sec}, {"not kept", 165 * sec},
+	} {
+		t.Run("who missed something is closed at a late renewal: "+tc.name, func(t *testing.T) {
+			t.Parallel()
+			s := loggedServer(t)
+			c := record(s, connect(t, s.addr, asDesktop))
+			c.subscribe(repoA, s.clientToken(repoA, "alice@example.com", 100*sec))
+			c.sync()
+			s.run(170*sec, []action{{tc.at, func() { s.accept(e(1)) }}}, c)
+			renew(s, c)()
+			if reason := c.expectClose(statusRestart); !strings.Contains(reason, "too late") {
+				t.Errorf("closed with the reason %q", reason)
 			}
 		})
 	}
@@ -5237,9 +5306,13 @@ func TestFragmentsComeSoon(t *testing.T) {
 	swift.write(maskedFrame(0x80|opContinuation, []byte(`"content":{"repos":[]}}`)))
 	begin := time.Now()
 	late.ping("still here")
-	for _, _, err := late.next(); err == nil; _, _, err = late.next() {
+	opcode, payload, err := late.next()
+	for ; err == nil && opcode != opClose; opcode, payload, err = late.next() {
 		time.Sleep(100 * time.Millisecond)
 		late.ping("still here")
+	}
+	if err != nil || binary.BigEndian.Uint16(payload) != statusPolicy || !strings.Contains(string(payload), "soon enough") {
+		t.Errorf("it ends with %d %q, %v", opcode, payload, err)
 	}
 	if took := time.Since(begin); took < messageTime-2*time.Second || took > messageTime+5*time.Second {
 		t.Errorf("fragments were endured for %v", took)
@@ -10172,6 +10245,31 @@ func TestPlainConnections(t *testing.T) {
 	stop()
 	if v := scrape(t, s.metrics); v["connections"] != float64(len(s.clients)) || v[`group_lookups_total{result="ok"}`] != 1 {
 		t.Errorf("the metrics are %v", v)
+	}
+}
+
+// Requests that are cut since too many are open show in the log and in the metrics.
+func TestNoRoomForRequests(t *testing.T) {
+	t.Parallel()
+	s := startFullServer(t)
+	half := strings.TrimSuffix(rawEvent(eventToken(later()), update(repoA, "1")), "}")
+	var cut atomic.Int64
+	for range usualPlain + 8 {
+		c := rawConn(t, s.addr)
+		io.WriteString(c.nc, half)
+		go func() {
+			io.Copy(io.Discard, c.nc)
+			cut.Add(1)
+		}()
+	}
+	waitFor(t, "some are cut", func() bool { return cut.Load() > 0 })
+	s.says("connections are closed before their requests are answered")
+	waitFor(t, "the metrics say so", func() bool {
+		return scrape(t, s.metrics)[`refused_total{reason="no-room"}`] > 0
+	})
+	s.ask("GET", "/ping", "")
+	if n := scrape(t, s.metrics)["connections"]; n != float64(len(s.clients)) {
+		t.Errorf("%v clients are left", n)
 	}
 }
 
