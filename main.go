@@ -281,11 +281,10 @@ type server struct {
 // newServer returns a server that does not listen yet.
 func newServer(cfg *config, lg *logger, clk clock) *server {
 	m := newMetrics(clk.wall())
-	places := maxClients()
-	h := newHub(clk, lg, m, places)
+	h := newHub(clk, lg, m, maxClients())
 	v := &verifier{cfg.key, clk}
 	groups := newGroups(cfg.seafileSocket, cfg.sockets)
-	handler := newHandler(h, v, groups, lg, m, clk, places)
+	handler := newHandler(h, v, groups)
 	return &server{
 		cfg:     cfg,
 		clock:   clk,
@@ -2817,12 +2816,12 @@ type client struct {
 	drained      chan struct{} // made with the close frame, closed when the outbox is empty
 
 	// For serve and readFrames, of which one runs at a time:
-	reader    *bufio.Reader
-	nextFrame func() (frameReader, error)
-	message   bytes.Buffer // the fragments so far
-	opcode    byte         // of the message of which they are, 0 between messages
-	refused   int          // subscriptions in a row
-	hasSlot   bool         // of handler.slots
+	reader       *bufio.Reader
+	nextFrame    func() (frameReader, error)
+	fragments    bytes.Buffer // of a message, so far
+	opcode       byte         // of the message of which they are, 0 between messages
+	hasSlot      bool         // of handler.slots
+	refusedInRow int          // subscriptions
 
 	// Guarded by hub.mu:
 	index         int // in hub.clients
@@ -3281,9 +3280,9 @@ func (c *client) handleFrame(h frameHeader, payload io.Reader) error {
 
 // endMessage does what the message says that has come whole.
 func (c *client) endMessage() error {
-	text := c.message.Bytes()
+	text := c.fragments.Bytes()
 	opcode := c.opcode
-	c.message = bytes.Buffer{}
+	c.fragments = bytes.Buffer{}
 	c.opcode = 0
 	defer c.releaseSlot()
 	if opcode == opText && !utf8.Valid(text) {
@@ -3333,7 +3332,7 @@ func (c *client) readPayload(h frameHeader, payload io.Reader) error {
 	if stranger {
 		limit = maxStranger
 	}
-	before := int64(c.message.Len())
+	before := int64(c.fragments.Len())
 	if h.size > limit-before {
 		return refuse(statusTooBig, "too-big", "a message is longer than %d KiB", limit>>10)
 	}
@@ -3342,8 +3341,8 @@ func (c *client) readPayload(h frameHeader, payload io.Reader) error {
 			return err
 		}
 	}
-	c.message.Grow(int(min(h.size, longStranger)) + bytes.MinRead)
-	n, err := io.Copy(&c.message, payload)
+	c.fragments.Grow(int(min(h.size, longStranger)) + bytes.MinRead)
+	n, err := io.Copy(&c.fragments, payload)
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return refuse(statusPolicy, "slow-message", slowMessage)
@@ -3503,7 +3502,7 @@ func (c *client) handleSubscription(repo repoToken) error {
 		return c.refuseSubscription(repo.id, err)
 	}
 	c.trusted.Store(true)
-	c.refused = 0
+	c.refusedInRow = 0
 	if !c.hub.subscribe(c, cl) {
 		lg.debugf("%s: the token for %q ends no later than the one that ran out", c.name, repo.id)
 		c.send(expiredFrame(repo.id))
@@ -3530,11 +3529,11 @@ func (c *client) refuseSubscription(repoID string, err error) error {
 	if wasGood {
 		return nil
 	}
-	if c.refused++; c.refused < maxRefused {
+	if c.refusedInRow++; c.refusedInRow < maxRefused {
 		return nil
 	}
 	lg.warnOnce("too many refused", "%s: closed after %d refused subscriptions in a row; "+
-		"the last one: %v", c.name, c.refused, err)
+		"the last one: %v", c.name, c.refusedInRow, err)
 	return refuse(statusPolicy, "refused", "too many refused subscriptions")
 }
 
@@ -3549,11 +3548,10 @@ func (c *client) refuseSubscription(repoID string, err error) error {
 
 const (
 	reservedFiles   = 64                     // descriptors kept from clients: senders, /ping, log
-	usualPlain      = reservedFiles / 2      // connections that do not upgrade, see plainLimit
-	crowdedPlain    = reservedFiles * 3 / 4  // of them, beyond which none is accepted or kept idle
-	extraPlain      = 4096                   // more of both, while clients leave descriptors free
-	plainWait       = time.Second            // without a change, for one beyond usualPlain
-	plainWaitShort  = 10 * time.Millisecond  // for an idle one beyond crowdedPlain
+	maxPlain        = reservedFiles * 3 / 4  // connections that do not upgrade, see plainLimit
+	extraPlain      = 4096                   // more of them, while clients leave descriptors free
+	plainIdle       = 10 * time.Millisecond  // for an idle one when there are too many
+	plainActive     = time.Second            // for one with a request, likewise
 	refusedBodyWait = 20 * time.Millisecond  // for a body that nobody reads
 	bodyStart       = 16 << 10               // bytes of memory that an event's body begins with
 	maxHead         = 64 << 10               // bytes of a request's head; nginx passes 32 KiB
@@ -3589,17 +3587,16 @@ type handler struct {
 	turns      chan struct{} // likewise for each that has a turn, see client.inTurn
 }
 
-func newHandler(
-	h *hub, v *verifier, g *groups, lg *logger, m *metrics, clk clock, places int,
-) *handler {
+// newHandler returns a handler with the log, the metrics and the clock of the hub.
+func newHandler(h *hub, v *verifier, g *groups) *handler {
 	handler := &handler{
 		hub:        h,
 		verifier:   v,
 		groups:     g,
-		log:        lg,
-		metrics:    m,
-		clock:      clk,
-		maxClients: int64(places),
+		log:        h.log,
+		metrics:    h.metrics,
+		clock:      h.clock,
+		maxClients: int64(h.places),
 		slots:      make(chan struct{}, maxSlots),
 		slotQueue:  make(chan struct{}, maxSlotWait),
 		turns:      make(chan struct{}, max(runtime.GOMAXPROCS(0)/2, 1)),
@@ -4146,7 +4143,7 @@ type plainConn struct {
 }
 
 // Accept waits for the next connection, and for room for it: some milliseconds, or up to a
-// second while nearly all connections have a request. First it lets all run that has work to
+// second while all connections have a request. First it lets all run that has work to
 // do. So when thousands come at once, they queue in the kernel and not here, in front of an
 // event: its sender waits a quarter of the time (BenchmarkReturn).
 func (l *plainListener) Accept() (net.Conn, error) {
@@ -4164,9 +4161,9 @@ func (l *plainListener) Accept() (net.Conn, error) {
 	}
 }
 
-// waitForRoom reports whether there was room within plainWait.
+// waitForRoom reports whether there was room within plainActive.
 func (l *plainLimit) waitForRoom() bool {
-	end := time.Now().Add(plainWait)
+	end := time.Now().Add(plainActive)
 	for !l.makeRoom() {
 		if time.Now().After(end) {
 			return false
@@ -4184,17 +4181,17 @@ func (l *plainLimit) track(conn net.Conn) *plainConn {
 	return c
 }
 
-// makeRoom closes connections beyond the limit that may be closed, the idle ones first, and
-// reports whether there is room for another one.
+// makeRoom closes connections beyond the limit: idle ones, or else those whose request takes long.
+// It reports whether there is room for another one.
 func (l *plainLimit) makeRoom() bool {
-	free := int(min(max(l.handler.maxClients-l.handler.clients.Load(), 0), extraPlain))
-	l.closeSome(free, false)
-	for range l.closeSome(free, true) {
+	limit := maxPlain + int(min(max(l.handler.maxClients-l.handler.clients.Load(), 0), extraPlain))
+	l.closeBeyond(limit, false, plainIdle)
+	for range l.closeBeyond(limit, true, plainActive) {
 		l.handler.refuseConnection()
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.conns.Len() < crowdedPlain+free
+	return l.conns.Len() < limit
 }
 
 // refuseConnection counts and logs a connection that was closed, or not accepted, before its
@@ -4206,21 +4203,16 @@ func (h *handler) refuseConnection() {
 		"Seahub should reach this port")
 }
 
-// closeSome closes connections beyond the limit, those on which nothing happened for the longest
-// time first: those with a request, or else those without. It returns how many. free is by how
-// many more than usual there may be.
-func (l *plainLimit) closeSome(free int, active bool) (closed int) {
+// closeBeyond closes connections until there are fewer than limit: with a request or without, as
+// active says, if nothing happened on them for wait, the longest quiet first. It returns how many.
+func (l *plainLimit) closeBeyond(limit int, active bool, wait time.Duration) (closed int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
 	var next *list.Element
-	for e := l.conns.Front(); e != nil && l.conns.Len() >= usualPlain+free; e = next {
+	for e := l.conns.Front(); e != nil && l.conns.Len() >= limit; e = next {
 		next = e.Next()
 		c := e.Value.(*plainConn)
-		wait := plainWait
-		if !active && l.conns.Len() >= crowdedPlain+free {
-			wait = plainWaitShort
-		}
 		if now.Sub(c.changed) < wait {
 			break // the others changed later
 		}
@@ -5491,13 +5483,11 @@ func (lg *logger) linesDropped() int {
 
 // close waits until all lines are written, but at most 100 ms.
 func (lg *logger) close() {
-	lg.closed.Do(func() {
-		close(lg.ending)
-		select {
-		case <-lg.ended:
-		case <-time.After(logEndWait):
-		}
-	})
+	lg.closed.Do(func() { close(lg.ending) })
+	select {
+	case <-lg.ended:
+	case <-time.After(logEndWait):
+	}
 }
 
 // printf puts a line into the queue, or drops it when that is full.
