@@ -2189,7 +2189,9 @@ func (h *hub) deliver(b *batch, lib *library, ev *event) (n int) {
 	}
 	if ev.message.isUpdate() {
 		h.remember(lib, ev.message)
-		h.repeatLater(b, ev.message, nil)
+		if lib.newest == ev.message {
+			h.repeatLater(b, ev.message, nil)
+		}
 	}
 	return n
 }
@@ -2515,18 +2517,15 @@ func (h *hub) pingOrClose(b *batch, c *client, uptime time.Duration) {
 }
 
 // checkTokens looks at the subscriptions of c that are due at now, in Unix seconds. It sends
-// jwt-expired before the end of a token, and once more if it was not renewed. It sends at most half an outbox of messages, because a
-// client with thousands of subscriptions would overflow it; the others follow with the next
-// sweep. mu must be held.
+// jwt-expired before the end of a token, and once more if it was not renewed: at most half an
+// outbox of messages, because a client with thousands of subscriptions would overflow it; the
+// others follow with the next sweep. mu must be held.
 func (h *hub) checkTokens(b *batch, c *client, uptime time.Duration, now float64) {
 	sent := 0
 	c.due = math.Inf(1)
-	for i := len(c.subscriptions) - 1; i >= 0; i-- {
-		sub := c.subscriptions[i]
-		if sub.due <= now && sent < maxOutbox/2 {
-			if h.checkToken(b, sub, uptime, now) {
-				sent++
-			}
+	for _, sub := range c.subscriptions {
+		if sub.due <= now && sent < maxOutbox/2 && h.checkToken(b, sub, uptime, now) {
+			sent++
 		}
 		c.due = min(c.due, sub.due)
 	}
