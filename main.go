@@ -4103,8 +4103,7 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		input = io.MultiReader(bytes.NewReader(slices.Clone(early)), conn)
 	}
 	c.reader = bufio.NewReaderSize(input, readBuffer)
-	conn.SetDeadline(time.Time{})
-	conn.SetWriteDeadline(time.Now().Add(upgradeWait))
+	conn.SetWriteDeadline(time.Now().Add(upgradeWait)) // net/http has removed its deadlines
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		// With Linux's 4 MiB a slow reader looks like a stuck one: the kernel reports room
 		// in its buffer only after a third of it was read.
