@@ -33,15 +33,16 @@
 // # Where to look
 //
 //	what a token may say                verifier.open, parseClaims; verifyEvent, verifySubscription
-//	who gets an event, in which order   hub.publish, deliver, resolve, event.isFor; again: remember,
-//	                                      welcome, keep
+//	who gets an event, in which order   hub.publish, deliver, event.isFor, sendOrKeep; for a group:
+//	                                      queueWaiting, resolve; again: repeatFirst, welcome, keep;
+//	                                      not in order: client.dropOlderUpdates
 //	a client that reads slowly          client.admit; hub.pingOrClose if nothing moves
 //	a client that vanished              hub.pingOrClose, client.end
 //	a client that sends rubbish         frameHeader.fault, client.readPayload, handleControl,
 //	                                      handleMessage, refuseSubscription
 //	who writes to a socket              client.writeOutbox and writeRest alone, once the upgrade is
 //	                                      answered; before that net/http and x/net/websocket
-//	the last five seconds               server.stop, hub.closeAll
+//	the last five seconds               server.stop, hub.closeAll, logger.close
 //	what is logged at info              the head of the part Log
 //	a new type of event, setting        the constants at repoUpdate, config
 //	a new metric                        the head of the part Metrics
@@ -55,11 +56,13 @@
 //	client.serve: one for each client      a read error, which client.abort causes; or both
 //	                                         close frames
 //	client.readFrames: for each client     the end of what has come, a read error, or 20 s
-//	  that sends more than an empty ping     without a slot
+//	  that sends more than the empty         without a slot
+//	  pings of a trusted one
 //	writeAll: a batch of clients           it never waits: it ends by itself
 //	client.writeRest: a slow client        all is written, or client.abort
 //	handler.findMembers: one for each      seaf-server's answer, or 5 s, or 10 s if the
 //	  group event that waits                 process was stopped meanwhile
+//	groups.answer: one for each question   the same; a file system that hangs can hold up four
 //	memoryReturner: one each 10 s          it ends by itself
 //	writeSoon: for standard error          its write; at most two hang in it
 //	logger.writeLoop: one                  logger.close
@@ -71,8 +74,8 @@
 // it is being closed, and may be taken while hub.mu is held; the reverse never happens. metrics.mu
 // may be taken under a client's mu. Each counter of metrics, groups, plainLimit and the logger have a
 // lock of their own, under which no other is taken. No lock is held across a write to a socket
-// or to the log. Channels that count: turns, slots and slotQueue of handler, questions of groups; a
-// client may wait for a turn while it holds a slot; who has a turn waits for locks alone.
+// or to the log. Semaphores: turns, slots and slotQueue of handler, questions of groups. A client
+// that holds a slot may wait for a turn; one that has a turn waits for locks alone.
 package main
 
 import (
@@ -158,7 +161,8 @@ the environment and without seafile.conf, /run/secrets/JWT_PRIVATE_KEY is tried.
 
 SEAFILE_RPC_PIPE_PATH names the directory of seafile.sock, where seaf-server is asked
 for the members of groups. SEAFILE_LOG_TO_STDOUT=true logs to standard output.
-SIGUSR1 opens the log anew, SIGUSR2 writes the metrics to it.
+SIGTERM, SIGINT and SIGHUP stop it. SIGUSR1 opens the log anew, SIGUSR2 writes the
+metrics to it.
 
 -check does all that seaf-server and a client do, at the URL by which clients come, or
 at host and port, and says what works and what does not. With a URL for each server of
@@ -555,7 +559,7 @@ type config struct {
 	file       string // path of seafile.conf, whether it was read or not
 	source     string // for the start line: where each setting came from, in one line
 	enabled    bool   // false: do not run, and the fields below are not checked
-	offFrom    string // FILE:LINE of enabled = false
+	offFrom    string // FILE:LINE of enabled
 	host, port string // to listen on; host without brackets
 	hostFrom   string // where to change host: FILE:LINE, FILE or "environment variable X"
 	portFrom   string // the same of port
@@ -1336,8 +1340,8 @@ func (p *keyFileParser) parseLine(line string) {
 	}
 }
 
-// parseHeader reads a line that begins with a bracket. GLib looks for the last bracket
-// that closes it, also behind a zero byte, and then refuses the name.
+// parseHeader reads a line that begins with a bracket. If another ] stands behind a zero byte,
+// GLib takes the name up to that one, and refuses it.
 func (p *keyFileParser) parseHeader(text, behindZero string) {
 	name, behind, closed := strings.Cut(text[1:], "]")
 	if !closed {
@@ -1939,6 +1943,9 @@ type subscription struct {
 //	from the end on               events are kept only
 //	60 s after it                 what was kept is forgotten; if anything was or comes, the
 //	                              client is closed when it renews
+//
+// Three begin one: checkToken; sendOrKeep, with an event after the end and before the sweep; and
+// expire, when the token may be good for days.
 type renewal struct {
 	sent     bool          // jwt-expired
 	sentAt   time.Duration // uptime
@@ -2064,7 +2071,8 @@ func (h *hub) expire(c *client, repoID string) {
 }
 
 // warningTime is when jwt-expired is sent, in Unix seconds: 10 s before the token's end, so that the
-// client has renewed it by then, but not sooner than in 50 s or at its end.
+// client has renewed it by then; but not within the next 50 s: of a token that ends sooner at its
+// end.
 func (h *hub) warningTime(expires float64) float64 {
 	return max(expires-renewalWarning, min(expires, h.clock.unix()+50))
 }
@@ -2138,7 +2146,7 @@ func (h *hub) drop(sub *subscription) {
 	c.subscriptions[sub.index], last.index = last, sub.index
 	c.subscriptions[len(c.subscriptions)-1] = nil
 	c.subscriptions = c.subscriptions[:len(c.subscriptions)-1]
-	c.idleSince = h.clock.uptime() // if this was the last one
+	c.idleSince = h.clock.uptime() // counts if none is left
 	h.subscriptions--
 	if len(lib.subscriptions) == 0 {
 		lib.subscriptions = nil
@@ -2209,9 +2217,8 @@ func (h *hub) sendOrKeep(b *batch, sub *subscription, m *message, now float64) b
 	return !expired && b.queueFor(sub, m)
 }
 
-// keep keeps m until the subscription is renewed. A client's kept messages are bounded like its
-// outbox, less one for the update that may follow them. Of updates only the newest matters. mu
-// must be held.
+// keep keeps m until the subscription is renewed. For a client as many are kept as fit its outbox,
+// less one: welcome may add an update. Of updates only the newest matters. mu must be held.
 func (h *hub) keep(sub *subscription, m *message) {
 	r, c := sub.renewal, sub.client
 	if i := slices.IndexFunc(r.kept, (*message).isUpdate); m.isUpdate() && i >= 0 {
@@ -2290,8 +2297,8 @@ func (h *hub) oldestUpdate() *library {
 }
 
 // queueWaiting queues ev behind the events of its library that wait for group members, or as
-// the first of them. Beyond the bounds, all that wait are dropped and the library's clients
-// are closed. mu must be held.
+// the first of them. When too many wait, those of this library are dropped, and its clients are
+// closed. mu must be held.
 func (h *hub) queueWaiting(b *batch, lib *library, ev *event) (subscribers int, waits bool) {
 	size := len(ev.message.frame)
 	if len(lib.waiting) >= maxWaiting || h.waiting >= maxWaitingAll ||
@@ -2396,8 +2403,8 @@ func (h *hub) tick() (healthy bool) {
 	return true
 }
 
-// repeatSome sends updates again that are due, to about sweepBatch subscriptions or those of
-// one library, and forgets old ones. It reports whether more are due.
+// repeatSome sends updates again that are due, until about sweepBatch subscriptions were served (a
+// library is not split), and forgets old ones. It reports whether more are due.
 func (h *hub) repeatSome() bool {
 	b := batch{log: h.log}
 	defer b.flush()
@@ -2430,8 +2437,8 @@ func (h *hub) repeatFirst(b *batch) (sent int) {
 	h.repeats[0] = repeat{}
 	h.repeats = h.repeats[1:]
 	lib := h.libraries[r.update.updateOf]
-	if lib == nil || lib.newest != nil && lib.newest != r.update { // nil: it was forgotten
-		return 0
+	if lib == nil || lib.newest != nil && lib.newest != r.update {
+		return 0 // a newer one came; without newest, this one was forgotten, which is no reason
 	}
 	again, now := r.update.copyAcceptedAt(h.clock.uptime()), h.clock.unix()
 	if r.to != nil {
@@ -2538,6 +2545,8 @@ func (h *hub) checkToken(b *batch, sub *subscription, uptime time.Duration, now 
 		sub.renewal = &renewal{}
 	}
 	r := sub.renewal
+	// How far is the token? Before its end, look again at the end. From the end on due stays in
+	// the past, so that each sweep looks, until giveUp.
 	switch {
 	case r.ended && uptime-r.endedAt >= keepFor:
 		h.giveUp(sub)
@@ -2549,6 +2558,7 @@ func (h *hub) checkToken(b *batch, sub *subscription, uptime time.Duration, now 
 	default:
 		sub.due = sub.expires
 	}
+	// Is jwt-expired to be sent: the first, or the reminder?
 	switch {
 	case !r.sent:
 		r.sent = true
@@ -2577,14 +2587,15 @@ func (h *hub) giveUp(sub *subscription) {
 // together, and waits for the closing handshakes.
 func (h *hub) closeAll() {
 	clients := h.allClients()
+	goingAway := closeFrame(statusGoingAway, "shutdown", "the server is restarted")
 	start := time.Now()
 	gap := min(time.Millisecond, drainTime/time.Duration(len(clients)+1))
 	for i, c := range clients {
 		time.Sleep(time.Until(start.Add(time.Duration(i) * gap)))
-		c.sendGoingAway()
+		c.send(goingAway)
 	}
 	for _, c := range h.allClients() { // also those that were just being accepted
-		c.sendGoingAway()
+		c.send(goingAway)
 	}
 	end := time.Now().Add(closeWait)
 	for h.gauges().connections > 0 && time.Now().Before(end) {
@@ -2806,7 +2817,10 @@ type client struct {
 	heard   atomic.Int64 // uptime of the last frame
 	trusted atomic.Bool  // it had a token of ours; until then it is a stranger
 
-	mu           sync.Mutex    // guards down to drained
+	mu sync.Mutex // guards down to drained
+	// Either the outbox is empty and nobody writes, or one goroutine is its writer: that to which
+	// enqueue said mustWrite, or the writeRest to which it handed over. It ends when advance
+	// returns nil, also after abort has emptied the outbox.
 	outbox       []*message    // the first is being written
 	outboxSize   int           // bytes in it
 	written      int           // bytes of the first
@@ -2906,11 +2920,6 @@ func (c *client) send(m *message) {
 	if _, mustWrite := c.enqueue(m); mustWrite {
 		c.writeOutbox()
 	}
-}
-
-// sendGoingAway tells c that the server stops, unless it is being closed already.
-func (c *client) sendGoingAway() {
-	c.send(closeFrame(statusGoingAway, "shutdown", "the server is restarted"))
 }
 
 // writeAll writes to each of the clients what its socket takes at once. The caller is
@@ -3177,7 +3186,7 @@ type frameHeader struct {
 	reserved bool // a reserved bit is set
 	masked   bool
 	shortest bool  // the length is in its shortest form
-	endless  bool  // the first bit of the length is set, which must not be
+	endless  bool  // the top bit of a 64-bit length is set, which RFC 6455 forbids
 	size     int64 // of the payload, in bytes
 }
 
@@ -3388,7 +3397,9 @@ func (c *client) takeSlot() error {
 	return nil
 }
 
-// setReadDeadline sets the deadline for reading, except for a client that is being closed.
+// setReadDeadline sets the deadline for reading: 20 s from the first fragment to the last, 3 s for a
+// stranger's long message, else none. For a client that is being closed enqueue has set 1 s, and it
+// stays so.
 func (c *client) setReadDeadline(t time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -3700,7 +3711,7 @@ func (h *handler) writeRefusal(w http.ResponseWriter, r *http.Request, path stri
 		header.Set("Retry-After", "60")
 		header.Set("Connection", "close") // it must not keep a reserved descriptor
 	}
-	if r.ContentLength != 0 {
+	if path == "events" && r.ContentLength != 0 { // else ServeHTTP has done so
 		dropBody(w)
 	}
 	http.Error(w, refused.text, refused.status)
@@ -3723,7 +3734,9 @@ func (h *handler) logRefusal(what, from string, isCheck bool, err error) *refusa
 	key := what + " " + r.reason
 	if isCheck && checkProvokes(r.reason) {
 		h.metrics.refused.add("self-check")
-		h.log.infoOnce("self-check "+key, "self-check: %s from %s refused: %s", what, from, r.text)
+		if h.log.takeMinute("self-check " + key) {
+			h.log.infof("self-check: %s from %s refused: %s", what, from, r.text)
+		}
 		return r
 	}
 	h.metrics.refused.add(r.reason)
@@ -3835,11 +3848,8 @@ func (h *handler) findMembers(ev *event) {
 }
 
 // askMembers asks seaf-server who is in a group. If the process was stopped meanwhile, it asks
-// once more: it was not seaf-server that took the time. A bug is an error: else the events of the
-// library would wait for ever.
+// once more: it was not seaf-server that took the time.
 func (h *handler) askMembers(group int64) (members map[string]bool, err error) {
-	err = errors.New("a bug in this server: see the log")
-	defer recoverPanic(h.log, "asking for group members")
 	for range 2 {
 		start := h.clock.uptime()
 		ctx, cancel := context.WithTimeout(context.Background(), lookupWait)
@@ -3991,9 +4001,13 @@ func (h *handler) serveClient(w http.ResponseWriter, r *http.Request) error {
 	}
 	c.heard.Store(int64(h.clock.uptime()))
 	defer func() {
-		if c.nextFrame == nil { // the answer could not be written
-			c.abandon()
+		if c.nextFrame != nil {
+			return
 		}
+		if c.conn != nil { // the answer could not be written
+			c.conn.Close()
+		}
+		h.clients.Add(-1)
 	}()
 	answerUpgrade(w, r, c)
 	if c.nextFrame == nil {
@@ -4004,14 +4018,6 @@ func (h *handler) serveClient(w http.ResponseWriter, r *http.Request) error {
 	h.hub.add(c)
 	go c.serve()
 	return nil
-}
-
-// abandon gives up a client that did not get as far as the hub.
-func (c *client) abandon() {
-	if c.conn != nil {
-		c.conn.Close()
-	}
-	c.handler.clients.Add(-1)
 }
 
 // answerUpgrade answers the upgrade, which was checked. If that works, c has its nextFrame.
@@ -4141,12 +4147,12 @@ type plainConn struct {
 	limit   *plainLimit
 	element *list.Element // of limit.conns
 	changed time.Time     // when it came, or a request on it began or ended
-	active  bool          // a request has come and is not answered yet
+	active  bool          // the head of a request has come, and it is not answered yet
 }
 
 // Accept waits for the next connection, and for room for it: some milliseconds, or up to a
-// second while all connections have a request. First it lets all run that has work to
-// do. So when thousands come at once, they queue in the kernel and not here, in front of an
+// second while all connections have a request. First it yields the processor to all that
+// has work to do. So when thousands come at once, they queue in the kernel and not here, in front of an
 // event: its sender waits a quarter of the time (BenchmarkReturn).
 func (l *plainListener) Accept() (net.Conn, error) {
 	for {
@@ -4186,9 +4192,10 @@ func (l *plainLimit) track(conn net.Conn) *plainConn {
 // makeRoom closes connections beyond the limit: idle ones, or else those whose request takes long.
 // It reports whether there is room for another one.
 func (l *plainLimit) makeRoom() bool {
-	limit := maxPlain + int(min(max(l.handler.maxClients-l.handler.clients.Load(), 0), extraPlain))
-	l.closeBeyond(limit, false, plainIdle)
-	for range l.closeBeyond(limit, true, plainActive) {
+	free := max(l.handler.maxClients-l.handler.clients.Load(), 0) // places of clients
+	limit := maxPlain + int(min(free, extraPlain))
+	closed := l.closeBeyond(limit, false, plainIdle) + l.closeBeyond(limit, true, plainActive)
+	for range closed {
 		l.handler.refuseConnection()
 	}
 	l.mu.Lock()
@@ -4196,13 +4203,13 @@ func (l *plainLimit) makeRoom() bool {
 	return l.conns.Len() < limit
 }
 
-// refuseConnection counts and logs a connection that was closed, or not accepted, before its
-// request was answered.
+// refuseConnection counts and logs a connection that was closed, or not accepted, to keep within
+// the limit.
 func (h *handler) refuseConnection() {
 	h.metrics.refused.add("no-room")
-	h.log.warnOnce("no-room", "connections are closed before their requests are answered, since "+
-		"too many are open that are no clients of notifications: only the proxy, seaf-server and "+
-		"Seahub should reach this port")
+	h.log.warnOnce("no-room", "connections are closed, since too many are open that are no "+
+		"clients of notifications; requests on them may be lost: let only the proxy, seaf-server "+
+		"and Seahub reach this port")
 }
 
 // closeBeyond closes connections until there are fewer than limit: with a request or without, as
@@ -4283,12 +4290,16 @@ func (c *plainConn) CloseWrite() error {
 //
 // The question to seaf-server who is in a group, over its Unix socket. This part knows
 // nothing of events or clients, and keeps no answer. Its lock guards the questions that
-// are being asked. It has no goroutine of its own: its caller waits.
+// are being asked. groups.answer runs in a goroutine for each question, and ends with the answer
+// or its deadline.
 
 const (
 	maxQuestions = 4                    // at a time: seaf-server's threads are few
 	maxReplySize = 8 << 20              // bytes; some 80,000 members
 	connectRetry = 5 * time.Millisecond // between two tries while seaf-server's backlog is full
+
+	// By so much a question ends before its caller stops waiting, who then hears the reason.
+	reasonWait = 50 * time.Millisecond
 )
 
 // errUnknownGroup says that seaf-server answered null. That means "not known", never
@@ -4335,17 +4346,17 @@ func (g *groups) members(ctx context.Context, group int64) (map[string]bool, err
 	for {
 		q, mine, fresh := g.join(group)
 		if mine {
-			g.answer(ctx, group, q)
-			return q.members, q.err
+			go g.answer(ctx, group, q) // so that a hung file system does not hold up the caller
 		}
 		select {
 		case <-q.done:
 		case <-ctx.Done():
 			return nil, fmt.Errorf("seaf-server did not answer in time: %w", ctx.Err())
 		}
-		// The caller that asked may have had an earlier deadline.
+		// A question that was asked already may have been answered before our event, and the
+		// caller that asked may have had an earlier deadline: then ask anew.
 		ranOut := timedOut(q.err) && ctx.Err() == nil
-		if fresh && !ranOut {
+		if mine || fresh && !ranOut {
 			return q.members, q.err
 		}
 	}
@@ -4364,15 +4375,17 @@ func (g *groups) join(group int64) (q *question, mine, fresh bool) {
 	return q, true, true
 }
 
-// answer asks q, and gives the answer to all who wait for it.
+// answer asks q, and gives the answer to all who wait for it. A bug is an error, too.
 func (g *groups) answer(ctx context.Context, group int64, q *question) {
 	defer func() {
+		if p := recover(); p != nil {
+			q.err = fmt.Errorf("a bug in this server: %v; please report this: %s", p, debug.Stack())
+		}
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		delete(g.asking, group)
 		close(q.done)
 	}()
-	q.err = errors.New("a bug in this server: see the log")
 	q.members, q.err = g.askSeafServer(ctx, group, q)
 }
 
@@ -4404,7 +4417,7 @@ func (g *groups) askSeafServer(
 	}
 	defer conn.Close()
 	if deadline, ok := ctx.Deadline(); ok {
-		conn.SetDeadline(deadline)
+		conn.SetDeadline(deadline.Add(-reasonWait))
 	}
 	g.markSent(q)
 	if err := writeQuestion(conn, group); err != nil {
@@ -4998,8 +5011,8 @@ func (c *checker) forgery(ctx context.Context) (string, error) {
 	return "an event posted with a client's token, or with a document's, is refused", nil
 }
 
-// post posts an event with a token of these claims, of a kind that no newer one replaces. An
-// error means that no notification server answered, or one with another key.
+// post posts an event with a token of these claims: a change of a lock, since a newer update would
+// replace an update. An error means that nobody answered, a proxy did, or the token is not good.
 func (c *checker) post(ctx context.Context, claims string) (*checkAnswer, error) {
 	body := fmt.Sprintf(`{"type":"file-lock-changed","content":{"repo_id":%q,"path":"/check",`+
 		`"change_event":"locked","lock_user":"check@example.com"}}`, c.repoID)
@@ -5106,6 +5119,7 @@ func (c *checker) explainNoAnswer(err error) error {
 	var invalid x509.CertificateInvalidError
 	var unknown x509.UnknownAuthorityError
 	var unverified *tls.CertificateVerificationError
+	var late net.Error
 	remedy := "no way leads there, another service listens there, " +
 		"the proxy does not serve this name, or it is https for http, or the reverse"
 	if c.direct {
@@ -5125,7 +5139,7 @@ func (c *checker) explainNoAnswer(err error) error {
 	case errors.As(err, &unverified):
 		remedy = "the certificate is not trusted: let the proxy send the whole chain, " +
 			"for this name, of an authority that clients know"
-	case os.IsTimeout(err):
+	case errors.As(err, &late) && late.Timeout():
 		remedy = fmt.Sprintf("no answer in %v: look for a firewall between", answerTime)
 	}
 	return fmt.Errorf("%w: %s", err, remedy)
@@ -5155,9 +5169,9 @@ func (c *checker) answeredByProxy(a *checkAnswer) error {
 		return fmt.Errorf("%s answers 404: the proxy's rule for /notification is missing or does "+
 			"not match, the URL lacks /notification, or another service listens there", a.url)
 	case a.status >= http.StatusBadGateway:
-		return fmt.Errorf("%s answers %d: the proxy cannot reach the notification server, which "+
-			"it must find at its host and port (by this configuration %s), or that has no room "+
-			"for more clients (see its log)", a.url, a.status, c.own)
+		return fmt.Errorf("%s answers %d: the proxy cannot reach the notification server (by this "+
+			"configuration it is at %s), or that has no room for more clients (see its log)",
+			a.url, a.status, c.own)
 	}
 	return nil
 }
@@ -5360,7 +5374,7 @@ const (
 	logWriteWait  = 2 * time.Second        // for a FIFO whose reader does not read
 	logEndWait    = 100 * time.Millisecond // to write what is left, at the end
 	logOncePeriod = time.Minute            // see warnOnce
-	maxLogKeys    = 1000                   // of warnOnce and infoOnce
+	maxLogKeys    = 1000                   // of takeMinute
 )
 
 // A logger writes lines in the background. Its methods never wait, except close, and may
@@ -5394,7 +5408,7 @@ type logger struct {
 
 // openLog returns a logger at level info that writes to standard output, or to the file at
 // path, or, if path is "" or "-", to standard error. A file that cannot be opened is tried
-// again every 5 s; until then the lines go to standard error.
+// again with the next line, and every 5 s; until then the lines go to standard error.
 func openLog(
 	path string, toStdout bool, stdout, stderr io.Writer, uptime func() time.Duration,
 ) *logger {
@@ -5437,13 +5451,6 @@ func (lg *logger) warnOnce(key, format string, args ...any) {
 	}
 }
 
-// infoOnce is infof, at most once a minute for each key.
-func (lg *logger) infoOnce(key, format string, args ...any) {
-	if lg.takeMinute(key) {
-		lg.infof(format, args...)
-	}
-}
-
 // takeMinute reports whether no other line with this key was logged in the last minute. The caller
 // must log one then.
 func (lg *logger) takeMinute(key string) bool {
@@ -5461,7 +5468,7 @@ func (lg *logger) takeMinute(key string) bool {
 }
 
 // Write logs what net/http has to say, see http.Server.ErrorLog: each remark once a minute, since
-// strangers can cause some. They differ in their first words.
+// strangers can cause some. Their first 20 bytes tell them apart.
 func (lg *logger) Write(p []byte) (int, error) {
 	text := string(bytes.TrimSpace(p))
 	lg.warnOnce(text[:min(len(text), 20)], "%s", text)
