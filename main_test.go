@@ -5619,7 +5619,7 @@ func TestStuckClientAfterTheProcessWasAway(t *testing.T) {
 func TestOneStuckAmongMany(t *testing.T) {
 	t.Parallel()
 	s := startMetered(t, 0)
-	const size, alone = 16 << 10, 300 // the first 300 events come without the stuck client
+	const size, alone = 16 << 10, 300         // the first 300 events come without the stuck client
 	clients, events := howMany(100, 10), 1200 // more than an outbox holds
 	if os.Getenv("TEST_FLOOD") != "" {
 		events = 3000
@@ -11903,12 +11903,12 @@ func (st sourceText) isMessage() bool {
 // insideOthers are texts that are seen only behind another message, which README.md has, or
 // that say that all is well.
 var insideOthers = []string{
-	"is not a number of seconds", "repo_id is not a string",
-	"the event is not one", "the content of the event", "a folder-perm-changed needs", "the group is not a number",
-	"unknown type …: subscribe", "a repo without an id", "names in one object", // of what is no token, event or message
+	"is not a number of seconds", "repo_id is not a string", `"content" must be`,
+	"the event is not one", "the content of the event", "a folder-perm-changed needs", "the group is not a number", "repo_id must be given once",
+	"a repo without an id", "names in one object", // of what is no token, event or message
 	"seaf-server answers with error", "seaf-server does not answer", "seaf-server's answer",
-	"seaf-server names a member without", // of a question to seaf-server
-	"such lines follow, the next is",     // of the configuration
+	"seaf-server names a member without",                                                              // of a question to seaf-server
+	"such lines follow, the next is", "says […], but the name must be", "host …, port …, log_level …", // of the configuration
 	"make one with ",
 	"by file: seaf-server needs", "by environment: in 13 and 14", "posted to …, it arrived after",
 }
