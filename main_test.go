@@ -10585,9 +10585,11 @@ func TestProxyIdle(t *testing.T) {
 		for {
 			browser := connectTo(t, px.addr, "/notification", asBrowser).subscribed(repoA, "bob@example.com")
 			last, late := time.Now(), false
-			for end := last.Add(2500 * time.Millisecond); time.Now().Before(end) && !late; {
+			for end := last.Add(2500 * time.Millisecond); time.Now().Before(end); {
 				time.Sleep(300 * time.Millisecond) // the proxy's time-out runs in real time
-				late = time.Since(last) > 700*time.Millisecond
+				if late = time.Since(last) > 700*time.Millisecond; late {
+					break
+				}
 				last = time.Now()
 				s.advance(20 * time.Second)
 				browser.expect(opPing, "")
