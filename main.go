@@ -1859,9 +1859,9 @@ func jsonNumber(name, value []byte) (float64, error) {
 // The map from repo ID to subscriptions, and the periodic work on them: updates that are sent
 // again, tokens that run out, pings, silence. Only its methods touch the map. It parses
 // nothing. Who holds its lock logs nothing and writes to no socket: batch.flush does so after it,
-// or another goroutine. hub.mu is held for less than a millisecond at a time, except for a library
-// with many subscribers: to queue an event for 10,000 takes some milliseconds. hub.tick runs in
-// the main loop.
+// or another goroutine. hub.mu is held for about a millisecond at a time at most, except for a
+// library with many subscribers (to queue an event for 10,000 takes some milliseconds) and for a
+// client with many thousands of subscriptions that run out at once. hub.tick runs in the main loop.
 
 const (
 	repeatAfter    = 2500 * time.Millisecond // see repeatFirst
@@ -2221,10 +2221,12 @@ func (h *hub) sendOrKeep(b *batch, sub *subscription, m *message, now float64) b
 // less one: welcome may add an update. Of updates only the newest matters. mu must be held.
 func (h *hub) keep(sub *subscription, m *message) {
 	r, c := sub.renewal, sub.client
-	if i := slices.IndexFunc(r.kept, (*message).isUpdate); m.isUpdate() && i >= 0 {
-		c.kept--
-		c.keptSize -= len(r.kept[i].frame)
-		r.kept = slices.Delete(r.kept, i, i+1)
+	if m.isUpdate() {
+		if i := slices.IndexFunc(r.kept, (*message).isUpdate); i >= 0 {
+			c.kept--
+			c.keptSize -= len(r.kept[i].frame)
+			r.kept = slices.Delete(r.kept, i, i+1)
+		}
 	}
 	if r.late || c.kept >= maxOutbox-1 || c.keptSize+len(m.frame) > maxOutboxSize {
 		r.missed = true
@@ -2471,8 +2473,8 @@ func (h *hub) sweep() {
 	}
 }
 
-// sweepSome looks at clients below index end, at most sweepBatch of them or of their
-// subscriptions, and returns the index below which it has not looked.
+// sweepSome looks at clients below index end, until it has looked at sweepBatch of them or of their
+// subscriptions (a client is not split), and returns the index below which it has not looked.
 func (h *hub) sweepSome(end int) int {
 	b := batch{log: h.log}
 	defer b.flush()
@@ -3558,10 +3560,11 @@ func (c *client) refuseSubscription(repoID string, err error) error {
 
 const (
 	reservedFiles   = 64                     // descriptors kept from clients: senders, /ping, log
-	maxPlain        = reservedFiles * 3 / 4  // connections that do not upgrade, see plainLimit
-	extraPlain      = 4096                   // more of them, while clients leave descriptors free
-	plainIdle       = 10 * time.Millisecond  // for an idle one when there are too many
-	plainActive     = time.Second            // for one with a request, likewise
+	usualPlain      = reservedFiles / 2      // connections that do not upgrade, see plainLimit
+	crowdedPlain    = reservedFiles * 3 / 4  // of them, beyond which none is accepted or kept idle
+	extraPlain      = 4096                   // more of both, while clients leave descriptors free
+	plainWait       = time.Second            // without a change, for one beyond usualPlain
+	plainWaitShort  = 10 * time.Millisecond  // for an idle one beyond crowdedPlain
 	refusedBodyWait = 20 * time.Millisecond  // for a body that nobody reads
 	bodyStart       = 16 << 10               // bytes of memory that an event's body begins with
 	maxHead         = 64 << 10               // bytes of a request's head; nginx passes 32 KiB
@@ -4151,7 +4154,7 @@ type plainConn struct {
 }
 
 // Accept waits for the next connection, and for room for it: some milliseconds, or up to a
-// second while all connections have a request. First it yields the processor to all that
+// second while nearly all connections have a request. First it yields the processor to all that
 // has work to do. So when thousands come at once, they queue in the kernel and not here, in front of an
 // event: its sender waits a quarter of the time (BenchmarkReturn).
 func (l *plainListener) Accept() (net.Conn, error) {
@@ -4169,9 +4172,9 @@ func (l *plainListener) Accept() (net.Conn, error) {
 	}
 }
 
-// waitForRoom reports whether there was room within plainActive.
+// waitForRoom reports whether there was room within plainWait.
 func (l *plainLimit) waitForRoom() bool {
-	end := time.Now().Add(plainActive)
+	end := time.Now().Add(plainWait)
 	for !l.makeRoom() {
 		if time.Now().After(end) {
 			return false
@@ -4189,18 +4192,17 @@ func (l *plainLimit) track(conn net.Conn) *plainConn {
 	return c
 }
 
-// makeRoom closes connections beyond the limit: idle ones, or else those whose request takes long.
-// It reports whether there is room for another one.
+// makeRoom closes connections beyond the limit that may be closed, the idle ones first, and
+// reports whether there is room for another one.
 func (l *plainLimit) makeRoom() bool {
-	free := max(l.handler.maxClients-l.handler.clients.Load(), 0) // places of clients
-	limit := maxPlain + int(min(free, extraPlain))
-	closed := l.closeBeyond(limit, false, plainIdle) + l.closeBeyond(limit, true, plainActive)
-	for range closed {
+	places := max(l.handler.maxClients-l.handler.clients.Load(), 0)
+	free := int(min(places, extraPlain))
+	for range l.closeSome(free, false) + l.closeSome(free, true) {
 		l.handler.refuseConnection()
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.conns.Len() < limit
+	return l.conns.Len() < crowdedPlain+free
 }
 
 // refuseConnection counts and logs a connection that was closed, or not accepted, to keep within
@@ -4212,16 +4214,21 @@ func (h *handler) refuseConnection() {
 		"and Seahub reach this port")
 }
 
-// closeBeyond closes connections until there are fewer than limit: with a request or without, as
-// active says, if nothing happened on them for wait, the longest quiet first. It returns how many.
-func (l *plainLimit) closeBeyond(limit int, active bool, wait time.Duration) (closed int) {
+// closeSome closes connections beyond the limit: with a request or without, as active says, those
+// on which nothing happened for the longest time first. It returns how many. free is by how many
+// more than usual there may be.
+func (l *plainLimit) closeSome(free int, active bool) (closed int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
 	var next *list.Element
-	for e := l.conns.Front(); e != nil && l.conns.Len() >= limit; e = next {
+	for e := l.conns.Front(); e != nil && l.conns.Len() >= usualPlain+free; e = next {
 		next = e.Next()
 		c := e.Value.(*plainConn)
+		wait := plainWait
+		if !active && l.conns.Len() >= crowdedPlain+free {
+			wait = plainWaitShort
+		}
 		if now.Sub(c.changed) < wait {
 			break // the others changed later
 		}
