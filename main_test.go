@@ -11381,7 +11381,11 @@ func TestClusterAnswers(t *testing.T) {
 	for _, dead := range []int{0, 1} {
 		cl.nodes[dead].Process.Kill()
 		cl.nodes[dead].wait()
-		if answer, _ := request(t, "POST", "http://"+cl.events+"/events", update(repoA, "3"), good); answer.StatusCode != 200 {
+		answer, _ := request(t, "POST", "http://"+cl.events+"/events", update(repoA, "3"), good)
+		for tries := 1; answer.StatusCode != 200 && tries < 5; tries++ { // a busy machine, as above
+			answer, _ = request(t, "POST", "http://"+cl.events+"/events", update(repoA, "3"), good)
+		}
+		if answer.StatusCode != 200 {
 			t.Errorf("with %d servers dead, an event is answered %s", dead+1, answer.Status)
 		}
 		members[2].expect(opText, update(repoA, "3"))
