@@ -12709,8 +12709,8 @@ func TestReadmeKubernetes(t *testing.T) {
 // ---- Benchmarks and the soak ----
 //
 // First what needs a server in this process, or few clients; then load on the real
-// binary in a process of its own: growth, and the soak. No benchmark asserts a time: the
-// figures are metrics of the result.
+// binary in a process of its own: growth, and the soak. No benchmark asserts a speed: the
+// figures are metrics of the result. The soak asserts what a client must get, and when.
 
 // soon is when an event's token expires: an hour ahead at most is allowed.
 func soon() time.Time { return time.Now().Add(5 * time.Minute) }
