@@ -540,7 +540,7 @@ func recoverPanic(lg *logger, what string) {
 	}
 }
 
-// logPanic logs a panic, at most once a minute for each: it may come with every tick.
+// logPanic logs a panic, at most once a minute for each text: it may come with every tick.
 func logPanic(lg *logger, what string, p any) {
 	if lg.takeMinute(fmt.Sprint("panic: ", p)) {
 		lg.errorf("%s: a bug in this server: %v; please report this: %s", what, p, debug.Stack())
@@ -790,7 +790,8 @@ func (l *configLoader) keyFromFile(path, from string) (setting, error) {
 	if _, err := os.Lstat(path); err != nil {
 		// The path is not shown: it may be the key, which may begin with a slash.
 		return setting{}, fmt.Errorf("%s: cannot read the key: the file that it names is not "+
-			"there: name the file that holds the key alone", from)
+			"there, or this user may not enter its directory: name the file that holds the key alone",
+			from)
 	}
 	place := path + " (" + from + ")"
 	data, err := readSmallFile(path)
@@ -2384,14 +2385,20 @@ func (h *hub) dropWaiting(lib *library) {
 	}
 }
 
-// closeSubscribers closes all clients that have subscribed to lib, with text as the reason, and
-// returns their number. mu must be held.
+// closeSubscribers closes all clients that listen to lib, with text as the reason, and returns
+// their number. mu must be held.
 func (h *hub) closeSubscribers(b *batch, lib *library, text string) int {
 	m := closeFrame(statusRestart, "resync", text)
-	for c := range lib.subscriptions {
+	n := 0
+	for c, sub := range lib.subscriptions {
+		if r := sub.renewal; r != nil && r.late {
+			r.missed = true // it is closed when it renews
+			continue
+		}
 		b.queue(c, m)
+		n++
 	}
-	return len(lib.subscriptions)
+	return n
 }
 
 // tick does the periodic work, and reports whether it met no bug. It is called every 100 ms.
@@ -3175,7 +3182,7 @@ func (c *client) closeSlowMessage(err error) bool {
 		return false
 	}
 	c.releaseSlot()
-	c.send(closeFrame(statusPolicy, "slow-message", slowMessage))
+	c.inTurn(func() { c.send(closeFrame(statusPolicy, "slow-message", slowMessage)) })
 	return true
 }
 
@@ -4393,6 +4400,11 @@ func (g *groups) answer(ctx context.Context, group int64, q *question) {
 		delete(g.asking, group)
 		close(q.done)
 	}()
+	if deadline, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-reasonWait))
+		defer cancel()
+	}
 	q.members, q.err = g.askSeafServer(ctx, group, q)
 }
 
@@ -4424,7 +4436,7 @@ func (g *groups) askSeafServer(
 	}
 	defer conn.Close()
 	if deadline, ok := ctx.Deadline(); ok {
-		conn.SetDeadline(deadline.Add(-reasonWait))
+		conn.SetDeadline(deadline)
 	}
 	g.markSent(q)
 	if err := writeQuestion(conn, group); err != nil {

@@ -4411,6 +4411,20 @@ func TestRenewalMissesNothing(t *testing.T) {
 			}
 		})
 	}
+	t.Run("a library that was given up closes nobody", func(t *testing.T) {
+		t.Parallel()
+		s := loggedServer(t) // without a seafile.sock
+		c := record(s, connect(t, s.addr, asDesktop).subscribed(repoB, "alice@example.com"))
+		c.subscribe(repoA, s.clientToken(repoA, "alice@example.com", 100*sec))
+		c.sync()
+		s.run(165*sec, nil, c)
+		s.accept(group)
+		s.waitFigure(`group_lookups_total{result="failed"}`, 1)
+		s.post(lockEvent(repoB, 1), 1)
+		c.expectTexts(lockEvent(repoB, 1))
+		renew(s, c)()
+		c.expectClose(statusRestart)
+	})
 	t.Run("the clock jumps over the end", func(t *testing.T) {
 		t.Parallel()
 		for _, lines := range []string{asDesktop, asBrowser} {
@@ -7405,6 +7419,23 @@ func FuzzReply(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Who asks for group members hears why there is no answer, also while others are asked.
+func TestQuestionReason(t *testing.T) {
+	t.Parallel()
+	for range 20 {
+		g := newGroups(func() string { return "/nowhere" }, nil)
+		for range maxQuestions {
+			g.questions <- struct{}{}
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*reasonWait)
+		_, err := g.members(ctx, 1)
+		cancel()
+		if err == nil || !strings.Contains(err.Error(), "too many questions wait for seaf-server") {
+			t.Fatalf("the reason is %v", err)
+		}
+	}
 }
 
 // ---- Self-check ----
