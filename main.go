@@ -1866,7 +1866,7 @@ func jsonNumber(name, value []byte) (float64, error) {
 
 const (
 	repeatAfter    = 2500 * time.Millisecond // see repeatFirst
-	rememberFor    = 90 * time.Second        // a client returns after 60 s, see remember
+	rememberFor    = 90 * time.Second        // a client returns after 60 s, see welcome
 	maxRemembered  = 100_000                 // libraries
 	maxRepeats     = 100_000                 // that wait
 	sweepInterval  = time.Second
